@@ -1,0 +1,102 @@
+"""Small data sets that the tests draw for themselves, and a way to run a command."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (20, 60, 220)}
+
+
+def picture(i: int, size: int = 40) -> Image.Image:
+    """A noisy picture in the colour of its class."""
+    rng = np.random.default_rng(i)
+    colour = list(COLOURS.values())[i % 3]
+    pixels = (np.array(colour) + rng.normal(0, 20, (size, size, 3))).clip(0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def caption(i: int) -> str:
+    return f"a {list(COLOURS)[i % 3]} picture number {i % 10}"
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def sample_members(i: int, size: int = 40) -> list[tuple[str, bytes]]:
+    key = f"{i:06d}"
+    return [(f"{key}.jpg", encoded(picture(i, size))), (f"{key}.txt", caption(i).encode())]
+
+
+def make_pairs(folder: Path) -> Path:
+    """A folder of 24 pictures with captions, without classes."""
+    folder.mkdir()
+    for i in range(24):
+        picture(i).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(caption(i))
+    return folder
+
+
+def make_shards(folder: Path) -> Path:
+    """A folder of six shards of ten samples each."""
+    folder.mkdir()
+    for s in range(6):
+        members = [m for i in range(10) for m in sample_members(10 * s + i)]
+        write_tar(folder / f"{s:05d}.tar", members)
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    return make_pairs(tmp_path / "pairs")
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    return make_shards(tmp_path / "shards")
+
+
+TINY = [
+    "--model",
+    "XS/16",
+    "--tokenizer",
+    "bpe:300",
+    "--batch-size",
+    "8",
+    "--log-every",
+    "1",
+    "--warmup",
+    "2",
+    "--lr",
+    "1e-3",
+]
+
+
+def train_flags(data: Path, out: Path, *more: str) -> list[str]:
+    return [*TINY, "--data", str(data), "--out", str(out), *more]
+
+
+def run_python(*command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """Run Python on the command in the repository, with one thread a process."""
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, text=True, capture_output=True, check=check,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip

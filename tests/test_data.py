@@ -1,0 +1,432 @@
+"""Tokenizers, images, sources and streams; every kind of bad sample, made and met."""
+
+import base64
+import itertools
+import json
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import requests
+import tiktoken
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+import data
+from data import (
+    KINDS,
+    Augment,
+    BadSample,
+    CenterCrop,
+    OnePass,
+    Prepare,
+    Raw,
+    Shapes,
+    Start,
+    TrainStream,
+    UserError,
+    batches,
+    caption_labels,
+    learn_bpe,
+    load_source,
+    load_tokenizer,
+    normalize,
+    open_image,
+    read_ranks,
+    refuse_if_bad,
+    resized_crop,
+    to_rgb,
+    write_ranks,
+)
+from tests.conftest import COLOURS, caption, encoded, picture
+
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------------------
+# Captions.
+
+TEXTS = ["the red star", "the blue star", "a red, red ball", "stars and balls", "thé étoile"] * 3
+
+
+def slow_bpe(captions, size):
+    """Byte-pair encoding without any bookkeeping: count all pairs anew for each merge."""
+    words = [
+        [bytes([b]) for b in w.encode()]
+        for c in captions
+        for w in data.regex.findall(data.WORDS, data.plain(c))
+    ]
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < size:
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
+        if not pairs or max(pairs.values()) < 2:
+            break
+        most = max(pairs.values())
+        left, right = min(pair for pair, n in pairs.items() if n == most)
+        ranks.setdefault(left + right, len(ranks))
+        for word in words:
+            j = 0
+            while j < len(word) - 1:
+                if (word[j], word[j + 1]) == (left, right):
+                    word[j : j + 2] = [left + right]
+                j += 1
+    return ranks
+
+
+@pytest.mark.parametrize("size", [256, 270, 400])
+def test_learned_bpe_equals_the_slow_one(size):
+    assert learn_bpe(TEXTS, size) == slow_bpe(TEXTS, size)
+    assert learn_bpe(reversed(TEXTS), size) == learn_bpe(TEXTS, size)  # ties do not see the order
+
+
+def test_bpe_of_shapes_is_learned_from_captions_and_reloads(tmp_path):
+    tokenizer = load_tokenizer("bpe:400", Shapes("train").captions(2000))
+    assert tokenizer.n_vocab == 400
+    write_ranks(tokenizer, tmp_path / "t.tiktoken")
+    again = load_tokenizer(str(tmp_path / "t.tiktoken"))
+    for text in [" a red star", " é ñ 漢字 🙂", " IMG_2041.jpg!"]:
+        assert again.encode_ordinary(text) == tokenizer.encode_ordinary(text)
+        assert again.decode(again.encode_ordinary(text)) == text
+
+
+def test_bpe_stays_smaller_when_no_pair_is_left():
+    assert load_tokenizer("bpe:1000", ["ab ab", "ab"]).n_vocab == 258
+
+
+def test_labels_are_a_sorted_set_whatever_case_and_blanks():
+    tokenizer = load_tokenizer("bpe:400", TEXTS)
+    labels = caption_labels("red star red", tokenizer)
+    assert labels == sorted(set(labels)) == caption_labels("  Star\n RED ", tokenizer)
+    assert caption_labels("", tokenizer) == caption_labels(" \t", tokenizer) == []
+    long = " ".join(f"{i}" for i in range(500))
+    assert len(caption_labels(long, tokenizer, max_tokens=5)) <= 5
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("bpe:12", "at least 256"),
+        ("bpe:x", "at least 256"),
+        ("gpt9", "unknown tokenizer 'gpt9'"),
+        ("no.tiktoken", "cannot be read"),
+    ],
+)
+def test_unusable_tokenizers_are_refused(spec, message):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(spec, ["text"])
+
+
+def test_damaged_tokenizer_files_are_refused(tmp_path):
+    path = tmp_path / "t.tiktoken"
+    path.write_text("not a vocabulary")
+    with pytest.raises(UserError, match=r"not a \.tiktoken file"):
+        read_ranks(path)
+    path.write_bytes(base64.b64encode(b"a") + b" 0\n")
+    with pytest.raises(UserError, match="bytes are missing"):
+        read_ranks(path)
+
+
+def test_tokenizer_without_network_names_the_way_out(monkeypatch, tmp_path):
+    def refuse(url, **_):
+        raise requests.ConnectionError("no network", request=requests.Request("GET", url))
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(requests, "get", refuse)
+    tiktoken.registry.ENCODINGS.pop("gpt2", None)
+    with pytest.raises(UserError, match=r"https://.*TIKTOKEN_CACHE_DIR.*bpe:512"):
+        load_tokenizer("gpt2")
+
+
+# ------------------------------------------------------------------------------------------------
+# Images.
+
+
+def test_all_good_modes_become_rgb():
+    grey = np.full((20, 20), 100, np.uint8)
+    deep = Image.fromarray(np.full((20, 20), 100 * 257, np.uint16))
+    see_through = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    palette = Image.new("P", (20, 20), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    cases = {
+        (100, 100, 100): [
+            encoded(Image.fromarray(grey)),
+            encoded(Image.fromarray(grey), "WEBP", lossless=True),
+            encoded(deep, "PNG"),
+        ],
+        (255, 255, 255): [
+            encoded(see_through, "PNG"),
+            encoded(palette, "PNG", transparency=bytes([255, 0])),
+        ],
+        (10, 200, 30): [encoded(palette, "PNG")],
+    }
+    for colour, files in cases.items():
+        for file in files:
+            image = to_rgb(open_image(file))
+            assert image.mode == "RGB"
+            assert np.abs(np.array(image).astype(int) - colour).max() <= 2
+    cmyk = to_rgb(open_image(encoded(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), quality=95)))
+    assert cmyk.getpixel((5, 5))[0] > 200 and cmyk.getpixel((5, 5))[1] < 60
+
+
+def test_bad_images_are_told_apart(tmp_path):
+    good = encoded(picture(0, 200))
+    giant = bytearray(encoded(Image.new("RGB", (8, 8)), "PNG"))
+    giant[16:24] = (60_000).to_bytes(4, "big") * 2
+    giant[29:33] = zlib.crc32(giant[12:29]).to_bytes(4, "big")
+    cases = [
+        ("empty image file", b""),
+        ("not a JPEG, PNG or WebP image", b"plain text"),
+        ("not a JPEG, PNG or WebP image", encoded(picture(0), "GIF")),
+        ("damaged image", good[: len(good) // 2]),
+        ("image of absurd dimensions", bytes(giant)),
+        ("missing image", tmp_path / "none.jpg"),
+    ]
+    prepare = Prepare(CenterCrop(32))
+    for kind, file in cases:
+        item = prepare(Raw(file, None))
+        assert isinstance(item, BadSample) and item.kind == kind, (kind, item)
+    (tmp_path / "empty.jpg").touch()
+    assert prepare(Raw(tmp_path / "empty.jpg", None)).kind == "empty image file"
+
+
+def test_crop_from_the_dct_is_close_to_a_full_decode():
+    smooth = (
+        Image.effect_noise((512, 512), 60)
+        .resize((64, 64))
+        .resize((512, 512), Image.Resampling.BICUBIC)
+    )
+    file = encoded(Image.merge("RGB", (smooth, smooth.rotate(90), smooth.rotate(180))), quality=90)
+    box = (10.0, 20.0, 500.0, 505.0)
+    full = open_image(file).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC, box=box)
+    image = open_image(file)
+    fast = resized_crop(image, box, 224)
+    assert image.size == (256, 256)  # it was decoded at half its resolution
+    assert np.abs(np.array(fast).astype(int) - np.array(full)).mean() < 2
+
+
+def test_normalize_is_torchvisions():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    reference = v2.Compose(
+        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.MEAN, data.STD)]
+    )
+    torch.testing.assert_close(normalize(images), reference(images))
+
+
+def test_views_are_drawn_from_seed_and_key_alone():
+    raw = Raw(picture(1, 64), None)
+    views = {}
+    for seed, key in [(0, (1,)), (0, (2,)), (1, (1,)), (0, (1,))]:
+        torch.rand(3)  # what the process did before does not matter
+        prepare = Prepare(Augment(32, 0.3, flip=True, color_jitter=0.3, grayscale=0.5), seed=seed)
+        image = prepare(raw, key)[0]
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+        if (seed, key) in views:
+            assert torch.equal(views[seed, key], image)
+        views[seed, key] = image
+    assert len({image.numpy().tobytes() for image in views.values()}) == 3
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources.
+
+
+def test_shapes_are_the_same_every_time_and_differ_between_splits():
+    train, val = Shapes("train"), Shapes("val")
+    assert list(train.captions(5)) == [train.raw(i).caption for i in range(5)]
+    assert np.array_equal(np.array(train.raw(3).image), np.array(train.raw(3).image))
+    assert not np.array_equal(np.array(train.raw(3).image), np.array(val.raw(3).image))
+    targets = np.array([train.raw(i).targets for i in range(400)])
+    assert all(len(set(targets[:, a])) == 8 for a in range(2))
+    image, mask = train.draw(train.scene(3))
+    assert image.size == mask.size and set(np.unique(mask)) == {0, 255}
+
+
+def test_folder_pairs_images_with_texts_and_folders_with_classes(tmp_path):
+    for i in range(6):
+        folder = tmp_path / ["big_red", "green"][i % 2]
+        folder.mkdir(exist_ok=True)
+        picture(i).save(folder / f"{i}.jpg")
+        if i != 5:
+            (folder / f"{i}.txt").write_text(caption(i))
+    (tmp_path / "green" / "orphan.txt").write_text("a text without image")
+    source = load_source(str(tmp_path))
+    assert source.attributes == {"class": [["big red"], ["green"]]}
+    raws = [source.raw(i) for i in range(len(source))]
+    assert [raw.targets for raw in raws] == [(0,)] * 3 + [(1,)] * 3 + [(-1,)]
+    kinds = [
+        getattr(item, "kind", "good")
+        for item in map(Prepare(CenterCrop(16), load_tokenizer("bpe:256", [])), raws)
+    ]
+    assert sorted(kinds) == ["good"] * 5 + ["missing caption", "missing image"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_tables(tmp_path, kind):
+    picture(0).save(tmp_path / "0.png")
+    rows = [
+        ("0.png", 'red, "very" red', "red"),
+        ("0.png", "", "blue"),
+        ("gone.png", "a text", "red"),
+    ]
+    path = tmp_path / f"t.{kind}"
+    if kind == "jsonl":
+        lines = [json.dumps({"filepath": f, "caption": c, "label": y}) for f, c, y in rows]
+        path.write_text("\n".join([*lines, "{broken"]) + "\n")
+    else:
+        with open(path, "w", newline="") as file:
+            writer = data.csv.writer(file, delimiter="," if kind == "csv" else "\t")
+            writer.writerows([("filepath", "title", "label"), *rows])
+        with open(path, "ab") as file:
+            file.write(b"0.png,\xff\xfe,red\n" if kind == "csv" else b"0.png\t\xff\xfe\tred\n")
+    source = load_source(str(path))
+    assert source.attributes == {"class": [["blue"], ["red"]]}
+    prepare = Prepare(CenterCrop(16), load_tokenizer("bpe:256", []))
+    items = [prepare(source.raw(i)) for i in range(len(source))]
+    assert items[0][2] == (1,)
+    last = "unreadable row" if kind == "jsonl" else "caption that is not UTF-8"
+    assert [item.kind for item in items[1:]] == ["empty caption", "missing image", last]
+
+
+def test_class_names_may_be_numbers_or_aliases(tmp_path):
+    (tmp_path / "names.txt").write_text("red, crimson\ngreen\n")
+    (tmp_path / "t.csv").write_text("filepath,caption,label\na.png,x,1\nb.png,y,crimson\n")
+    source = load_source(str(tmp_path / "t.csv"), class_names=str(tmp_path / "names.txt"))
+    assert [source.raw(i).targets for i in range(2)] == [(1,), (0,)]
+    (tmp_path / "t.csv").write_text("filepath,caption,label\na.png,x,2\n")
+    with pytest.raises(UserError, match="label '2' is not one of the 2"):
+        load_source(str(tmp_path / "t.csv"), class_names=str(tmp_path / "names.txt"))
+
+
+def test_sources_that_hold_nothing_say_what_they_hold(tmp_path):
+    (tmp_path / "a.bmp").touch()
+    (tmp_path / "b.txt").touch()
+    with pytest.raises(UserError, match=r"no image .*found: 1 x \.bmp, 1 x \.txt"):
+        load_source(str(tmp_path))
+    (tmp_path / "t.csv").write_text("file,text\na.png,x\n")
+    with pytest.raises(UserError, match=r"columns filepath and caption .*found: file, text"):
+        load_source(str(tmp_path / "t.csv"))
+    (tmp_path / "e.csv").write_text("")
+    with pytest.raises(UserError, match="found: none"):
+        load_source(str(tmp_path / "e.csv"))
+    for spec in ("nothing", "missing.csv", str(tmp_path / "x{0..3}.tar")):
+        with pytest.raises(UserError, match=r"no source|no shard"):
+            load_source(spec)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_source(str(tmp_path / "t.csv"), class_names="missing.txt")
+
+
+def test_torchvision_sets_without_files_or_network_say_where_they_belong(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(UserError, match=r"FashionMNIST/raw .*--data-root"):
+        load_source("fashion-mnist", root=str(tmp_path))
+    with pytest.raises(UserError, match="cifar-10-batches-py"):
+        load_source("cifar10", root=str(tmp_path))
+
+
+def test_fashion_mnist_reads_torchvisions_files(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train", "t10k"):
+        images = np.random.default_rng(0).integers(0, 255, (20, 28, 28), dtype=np.uint8)
+        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (20, 28, 28))
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = bytes(i % 10 for i in range(20))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(
+            b"\0\0\x08\x01" + (20).to_bytes(4, "big") + labels
+        )
+    source = load_source("fashion-mnist", root=str(tmp_path))
+    assert source.attributes["class"][0] == ["t-shirt", "top"]
+    assert len(data.TEMPLATES) == len(set(data.TEMPLATES)) == 36
+    assert list(source.captions(20)) == [source.raw(i).caption for i in range(20)]
+    assert "boot" in source.raw(9).caption and source.raw(9).targets == (9,)
+
+
+# ------------------------------------------------------------------------------------------------
+# Streams.
+
+
+class Numbers(data.Pairs):
+    """N samples of which some are bad; the label of sample i is i."""
+
+    attributes = {"number": [[str(i)] for i in range(23)]}
+
+    def __init__(self, bad=()):
+        self.bad = bad
+
+    def __len__(self):
+        return 23
+
+    def raw(self, i):
+        return BadSample("damaged image", i) if i in self.bad else Raw(picture(i, 8), f"{i}", (i,))
+
+
+def take(source, n, part=0, parts=1, block=4, start=0):
+    """The first n good samples of a part, as numbers."""
+    stream = source.stream(Prepare(CenterCrop(8)), 7, part, parts, block, Start(start))
+    good = (item[2][0] for item, _ in stream if not isinstance(item, BadSample))
+    return list(itertools.islice(good, n))
+
+
+@pytest.mark.parametrize("bad", [(), (3, 11)])
+def test_stream_does_not_depend_on_parts_and_continues_anywhere(bad):
+    source = Numbers(bad)
+    whole = take(source, 72)
+    first, second = (take(source, 36, part, 2) for part in range(2))
+    assert whole == [x for i in range(0, 36, 4) for x in first[i : i + 4] + second[i : i + 4]]
+    for start in (4, 24, 48):
+        assert take(source, 24, start=start) == whole[start : start + 24]
+    if not bad:
+        passes = [whole[i : i + 23] for i in range(0, 69, 23)]
+        assert all(sorted(p) == list(range(23)) for p in passes) and passes[0] != passes[1]
+    else:
+        assert not set(whole) & set(bad)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_are_the_same_with_any_number_of_workers(workers):
+    tokenizer = load_tokenizer("bpe:256", [])
+    stream = TrainStream(Numbers((5,)), Prepare(Augment(8), tokenizer, 3), 7, 4, 0, 1, Start(8))
+    got = list(itertools.islice(batches(stream, workers, CPU), 12))
+    alone = list(itertools.islice(iter(stream), 12))
+    for a, b in zip(got, alone, strict=True):
+        assert all(
+            torch.equal(a[key], b[key]) for key in ("images", "labels", "targets", "skipped")
+        )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_pass_takes_every_sample_once_in_order(workers):
+    dataset = OnePass(Numbers((4,)), Prepare(CenterCrop(8)), 5)
+    got = list(batches(dataset, workers, CPU))
+    assert torch.cat([b["targets"] for b in got]).flatten().tolist() == [
+        i for i in range(23) if i != 4
+    ]
+    assert sum(b["skipped"] for b in got)[KINDS.index("damaged image")] == 1
+    some = batches(OnePass(Numbers(), Prepare(CenterCrop(8)), 5, limit=6), workers, CPU)
+    assert torch.cat([b["targets"] for b in some]).flatten().tolist() == [0, 3, 7, 11, 15, 19]
+
+
+def test_a_stream_without_a_good_sample_ends_with_a_sentence():
+    stream = TrainStream(Numbers(range(23)), Prepare(CenterCrop(8)), 0, 4, 0, 1, Start())
+    with pytest.raises(UserError, match=r"not one of 1000 samples .*: damaged image: "):
+        next(batches(stream, 1, CPU))
+
+
+def test_more_than_a_tenth_is_too_much():
+    skipped = torch.zeros(len(KINDS), dtype=torch.int64)
+    skipped[3] = 10
+    refuse_if_bad(90, skipped)
+    refuse_if_bad(80, skipped, enough=1000)
+    with pytest.raises(UserError, match=r"10 of 99 samples .*: 10 x damaged image"):
+        refuse_if_bad(89, skipped)
+
+
+def test_colours_of_the_test_pictures_are_seen(pairs):
+    source = load_source(str(pairs))
+    for i in range(3):
+        image = Prepare(CenterCrop(16))(source.raw(i))[0].float().mean(dim=(1, 2))
+        assert (image - torch.tensor(list(COLOURS.values())[i]).float()).abs().max() < 25
