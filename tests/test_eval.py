@@ -1,0 +1,182 @@
+"""The measurements against formulas written out, and the command on a small trained run."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from data import UserError, caption_labels, load_source, load_tokenizer
+from eval import extract, fewshot, probe, top1, zeroshot
+from superclass import IDF, SuperClass, ViT
+from tests.conftest import COLOURS, caption, picture, train_flags
+
+TEXTS = ["a red star", "a blue star", "a red ball", "a green ball"]
+
+
+@pytest.fixture
+def small():
+    """A random model, counts of TEXTS, and features of five images."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("bpe:280", TEXTS * 3)
+    model, idf = SuperClass(ViT(16, 8, 32, 1, 2), tokenizer.n_vocab), IDF(tokenizer.n_vocab)
+    for text in TEXTS:
+        idf.update(torch.tensor([caption_labels(text, tokenizer)]))
+    return model, idf, tokenizer, torch.randn(5, 32)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_zeroshot_is_the_weighted_mean_log_probability(small, prior):
+    model, idf, tokenizer, features = small
+    names = [["red", "blue"], ["star"], ["green ball"]]
+    with torch.no_grad():
+        log_p = model.head(model.norm(features)).double().log_softmax(dim=1)
+    expected = torch.zeros(5, 3, dtype=torch.float64)
+    for image in range(5):
+        for c, aliases in enumerate(names):
+            for name in aliases:
+                ids = caption_labels(name, tokenizer)
+                w = [math.log(5 / (idf.df[t].item() + 1)) for t in ids]
+                p = [math.log(idf.df[t].item() / 4) if prior else 0 for t in ids]
+                parts = [w[k] * (log_p[image, t].item() - p[k]) for k, t in enumerate(ids)]
+                expected[image, c] += sum(parts) / sum(w) / len(aliases)
+    scores = zeroshot(model, idf, tokenizer, features, names, prior)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_zeroshot_refuses_names_that_were_never_seen(small):
+    model, idf, tokenizer, features = small
+    with pytest.raises(UserError, match="class name 'ZX' occurred"):
+        zeroshot(model, idf, tokenizer, features, [["red"], ["ZX"]])
+
+
+def test_zeroshot_before_any_caption_is_defined(small):
+    model, idf, tokenizer, features = small
+    scores = zeroshot(model, IDF(len(idf.df)), tokenizer, features, [["red"], ["blue"]])
+    assert torch.isfinite(scores).all()
+
+
+def blobs(n, seed=0):
+    """Three classes of points in 10 dimensions, told apart by the first two alone."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(3, size=n)
+    x = rng.normal(0, 1, (n, 10))
+    x[:, :2] += np.array([[0, 4], [4, 0], [-4, -4]])[y]
+    return torch.tensor(x * 7 + 3).float(), torch.tensor(y)
+
+
+def test_probe_separates_what_is_separable_and_picks_a_penalty():
+    (x, y), (val_x, val_y) = blobs(300), blobs(500, seed=1)
+    scores, penalty = probe(x, y, val_x, 3)
+    assert top1(scores, val_y) > 0.98 and penalty in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    assert top1(probe(x, shuffled, val_x, 3)[0], val_y) < 0.6
+
+
+def test_probe_reaches_the_optimum():
+    """At a minimum the gradient of the penalised cross-entropy is zero; checked in float64."""
+    x, y = blobs(200)
+    x = evaluation.standardize(x)[0]
+    weight = evaluation.regress(x, y, 3, 1e-2).double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(evaluation.linear(x.double(), weight), y)
+    (loss + 1e-2 / 2 * weight[:-1].square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-3
+
+
+def test_fewshot_is_ridge_regression():
+    (x, y), (val_x, _) = blobs(300), blobs(20, seed=1)
+    scores = fewshot(x, y, val_x, 3, shots=300 // 4, seed=0)
+    # All 75 shots of each class; an independent solution by least squares on an augmented system.
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.cat(
+        [
+            m[torch.randperm(len(m), generator=generator)[:75]]
+            for m in ((y == c).nonzero()[:, 0] for c in range(3))
+        ]
+    )
+    a = x[chosen].double().numpy()
+    mean, std = a.mean(axis=0), a.std(axis=0, ddof=1) + 1e-5
+    design = np.hstack([(a - mean) / std, np.full((len(a), 1), 100.0)])
+    target = np.where(y[chosen].numpy()[:, None] == np.arange(3), 1.0, -1.0)
+    rows = np.vstack([design, 32 * np.eye(11)])  # 32^2 = 1024
+    weight = np.linalg.lstsq(rows, np.vstack([target, np.zeros((11, 3))]), rcond=None)[0]
+    tests = np.hstack([(val_x.double().numpy() - mean) / std, np.full((20, 1), 100.0)])
+    np.testing.assert_allclose(scores.numpy(), tests @ weight, rtol=1e-6, atol=1e-8)
+    with pytest.raises(UserError, match="fewer than 200"):
+        fewshot(x, y, val_x, 3, shots=200, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run trained for 40 steps on pictures in three class folders."""
+    folder = tmp_path_factory.mktemp("eval")
+    for i in range(60):
+        place = folder / "pictures" / list(COLOURS)[i % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        picture(i).save(place / f"{i:02d}.png")
+        (place / f"{i:02d}.txt").write_text(caption(i))
+    flags = ["--val-data", str(folder / "pictures"), "--samples", "320", "--workers", "0"]
+    train.main(train_flags(folder / "pictures", folder / "run", *flags, "--lr", "3e-3"))
+    return folder / "run"
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+
+
+def test_training_evaluates_at_its_start_and_its_end(run):
+    assert [(row["step"], row["task"]) for row in rows(run)[:4]] == [
+        (0, "zeroshot"), (0, "probe"), (40, "zeroshot"), (40, "probe")
+    ]  # fmt: skip
+    assert rows(run)[2]["top1"] > 0.9 and rows(run)[3]["top1"] > 0.9
+
+
+@pytest.mark.parametrize("task", ["zeroshot", "probe", "fewshot"])
+def test_commands_print_a_table_and_append_rows(run, capsys, task):
+    before = rows(run)
+    evaluation.main([task, str(run), "--workers", "0", "--shots", "5"])
+    assert "class" in capsys.readouterr().out
+    (row,) = rows(run)[len(before) :]
+    assert (row["task"], row["attribute"], row["classes"], row["images"]) == (task, "class", 3, 60)
+    assert row["top1"] > 0.9
+    if task == "fewshot":
+        assert row["shots"] == 5 and row["draws"] == 3 and row["deviation"] >= 0
+
+
+def test_features_do_not_depend_on_batches(run):
+    loaded = evaluation.load_run(run, torch.device("cpu"))
+    source = load_source(loaded.config["data"])
+    a, y = extract(loaded.model, source, 32, batch_size=7, workers=0)
+    b, _ = extract(loaded.model, source, 32, batch_size=60, workers=2)
+    torch.testing.assert_close(a, b)
+    assert a.shape == (60, 128) and y.shape == (60, 1)
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(flag) for flag in flags])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_mistakes_get_a_sentence(run, capsys, tmp_path, pairs):
+    assert "holds no run" in refused(capsys, "probe", tmp_path)
+    assert "no validation data" in refused(capsys, "probe", run, "--data", pairs)
+    assert "has no classes" in refused(capsys, "zeroshot", run, "--val-data", pairs)
+    assert "other classes" in refused(capsys, "probe", run, "--val-data", "shapes")
+    names = tmp_path / "names.txt"
+    names.write_text("red\ngreen\nquixotic\nblue")
+    with pytest.raises(SystemExit):
+        evaluation.main(["fewshot", str(run), "--shots", "0"])
+    assert "invalid positive value: '0'" in capsys.readouterr().err
+    flags = "--workers", "0", "--class-names", names
+    assert "fewer than 10" in refused(capsys, "fewshot", run, *flags)
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "config.json").write_text("{")
+    assert "config.json is damaged" in refused(capsys, "probe", copy)
