@@ -1,8 +1,8 @@
-"""Data: captions become sets of token ids, images become uint8 tensors, sources become streams.
+"""Data: images become uint8 tensors, captions sets of token ids, sources become streams.
 
-Three things live here, in this order: tokenizers and labels (`load_tokenizer`, `caption_labels`),
-decoding and cropping of images, and the sources of `--data` (`load_source`) with the endless
-training stream and the finite evaluation pass over them.
+Three things live here, in this order: decoding and cropping of images, the sources of `--data`
+(`load_source`), and the endless training stream and the finite evaluation pass over them. The
+labels themselves are made in `tokenizer.py`, and the default pictures drawn in `shapes.py`.
 
 One rule holds everywhere: the order of samples and every augmentation is a pure function of the
 seed and the position in the stream, never of the state of a process. So a run can be killed
@@ -16,11 +16,9 @@ reported.
 Letters in the shapes:  B images,  S image size,  K tokens of a caption,  A attributes with classes.
 """
 
-import base64
 import contextlib
 import csv
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -30,27 +28,25 @@ import signal
 import tarfile
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import fsspec
 import numpy as np
-import regex
-import requests
-import tiktoken
 import torch
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2 as transforms
 
+import shapes
+from shapes import pick
+from tokenizer import UserError, caption_labels
+from tokenizer import load_tokenizer as load_tokenizer  # for those who look for it here
+
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` refuses such images
-
-
-class UserError(Exception):
-    """A mistake of the user's, told in one sentence: what is wrong, where, and what to do."""
 
 
 class BadSample(Exception):
@@ -77,137 +73,6 @@ KINDS = (
     "damaged shard",
     "unknown label",
 )
-
-
-# ------------------------------------------------------------------------------------------------
-# Captions become labels.
-
-# How text falls into words before byte pairs are merged: letters, digits or other marks, each with
-# the blank before it, as in GPT-2's tokenizer. What follows a blank is thus the same token
-# anywhere.
-WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
-
-
-def plain(text: str) -> str:
-    """Lower-case the text, fold its white space and put one blank before it.
-
-    So "Dog", "a dog" and "a  dog" share a label whatever the tokenizer; the paper's lower-cases
-    too.
-    """
-    return " " + " ".join(text.lower().split())
-
-
-def caption_labels(caption: str, tokenizer, max_tokens: int = 77) -> list[int]:
-    """The label set of a caption (section 3): the sorted ids of its first `max_tokens` tokens.
-
-    There is no start, end or padding id among them. An empty caption has no labels.
-    """
-    text = plain(caption)
-    return sorted(set(tokenizer.encode_ordinary(text)[:max_tokens])) if text.strip() else []
-
-
-def learn_bpe(captions: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    """Byte-pair encoding (Sennrich et al., 2016) of at most `vocab_size` tokens: bytes -> rank.
-
-    The first 256 are the bytes. Each further token joins the pair that is most frequent then, the
-    smaller pair of bytes among equals; when no pair occurs twice, the vocabulary stays smaller.
-    """
-    counts = Counter(word for caption in captions for word in regex.findall(WORDS, plain(caption)))
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
-    pairs, where = Counter(), defaultdict(set)  # pair -> its frequency, and the words that hold it
-    for i, (parts, n) in enumerate(words):
-        for pair in itertools.pairwise(parts):
-            pairs[pair] += n
-            where[pair].add(i)
-
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size and pairs:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        if pairs[best] < 2:
-            break
-        # Two different pairs may spell the same token; it keeps its first rank.
-        ranks.setdefault(b"".join(best), len(ranks))
-        for i in where.pop(best):
-            parts, n = words[i]
-            for pair in itertools.pairwise(parts):
-                pairs[pair] -= n
-            merged, j = [], 0
-            while j < len(parts):
-                size = 2 if tuple(parts[j : j + 2]) == best else 1
-                merged.append(b"".join(parts[j : j + size]))
-                j += size
-            parts[:] = merged
-            for pair in itertools.pairwise(parts):
-                pairs[pair] += n
-                where[pair].add(i)
-        pairs = +pairs  # drop the pairs that are gone
-    return ranks
-
-
-def load_tokenizer(spec: str, captions: Iterable[str] | None = None):
-    """A tokenizer with `.encode_ordinary(text)`, `.decode(ids)` and `.n_vocab`.
-
-    Args:
-        spec: "bpe:N", learned here from `captions`, with at most N ids; or the path of a
-        `.tiktoken`
-            file; or a name that tiktoken knows, such as "gpt2".
-        captions: text to learn from; only "bpe:N" needs it.
-    Raises:
-        UserError: for an unknown spec, an unusable file, or an encoding that cannot be fetched.
-    """
-    if spec.startswith("bpe:"):
-        if not spec[4:].isdecimal() or int(spec[4:]) < 256:
-            raise UserError(
-                f"--tokenizer {spec}: bpe:N needs a number N of at least 256, its single bytes"
-            )
-        return tiktoken.Encoding(
-            spec,
-            pat_str=WORDS,
-            mergeable_ranks=learn_bpe(captions, int(spec[4:])),
-            special_tokens={},
-        )
-    if spec.endswith(".tiktoken"):
-        return tiktoken.Encoding(
-            spec, pat_str=WORDS, mergeable_ranks=read_ranks(spec), special_tokens={}
-        )
-    if spec not in tiktoken.list_encoding_names():
-        names = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(
-            f"unknown tokenizer '{spec}': use bpe:N, a .tiktoken file, or one of {names}"
-        )
-    try:
-        return tiktoken.get_encoding(spec)
-    except requests.RequestException as error:
-        url = error.request.url if error.request is not None else "its address"
-        raise UserError(
-            f"tokenizer '{spec}' could not be fetched from {url}: put that file, under the name "
-            f"{hashlib.sha1(url.encode()).hexdigest()}, into the folder that the environment "
-            "variable TIKTOKEN_CACHE_DIR names, or use --tokenizer bpe:512, which needs no network"
-        ) from None
-
-
-def read_ranks(path: str | Path) -> dict[bytes, int]:
-    """Read a `.tiktoken` file: a line for each token, its bytes in base64 and its rank."""
-    try:
-        lines = [line.split() for line in Path(path).read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except OSError as error:
-        raise UserError(f"tokenizer file {path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(
-            f"{path} is not a .tiktoken file: each line holds a token in base64 and its rank"
-        ) from None
-    if len(set(ranks.values())) < len(lines) or not all(bytes([b]) in ranks for b in range(256)):
-        raise UserError(f"{path} is no complete vocabulary: ranks are doubled or bytes are missing")
-    return ranks
-
-
-def write_ranks(tokenizer, path: str | Path):
-    """Write a tokenizer's vocabulary as a `.tiktoken` file."""
-    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    Path(path).write_bytes(
-        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
-    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -467,163 +332,26 @@ class Start(NamedTuple):
     places: dict[int, tuple[int, int, int]] = {}  # part: (pass, group, offset)
 
 
-def pick(rng: np.random.Generator, options: list):
-    return options[int(rng.integers(len(options)))]
-
-
 class Shapes(Pairs):
-    """Pictures of a coloured shape with free-text captions, drawn and not stored.
+    """Pictures of a coloured shape with free-text captions, drawn when they are asked for."""
 
-    Stands in for image-text pairs from the web: the captions use synonyms, leave attributes out,
-    are full of words that say nothing about the image, and one in twenty is about another image.
-    Sample i of a split is always the same.
-    """
-
-    SHAPES = {
-        "circle": ["circle", "disc", "ball"],
-        "square": ["square", "block"],
-        "triangle": ["triangle", "pyramid"],
-        "star": ["star", "asterisk"],
-        "cross": ["cross", "plus sign"],
-        "ring": ["ring", "hoop", "donut"],
-        "heart": ["heart", "valentine"],
-        "moon": ["moon", "crescent"],
-    }
-    COLOURS = {
-        (214, 30, 36): ["red", "crimson"],
-        (250, 140, 10): ["orange", "tangerine"],
-        (248, 226, 40): ["yellow", "golden"],
-        (30, 158, 54): ["green", "emerald"],
-        (30, 76, 220): ["blue", "azure"],
-        (138, 40, 178): ["purple", "violet"],
-        (248, 248, 248): ["white", "snowy"],
-        (14, 14, 14): ["black", "dark"],
-    }
-    OPENINGS = [
-        "a photo of",
-        "picture of",
-        "this is",
-        "look at",
-        "here is",
-        "i saw",
-        "image of",
-        "we made",
-        "my new",
-        "",
-    ]
-    ENDINGS = [
-        "free download",
-        "for sale",
-        "on a plain wall",
-        "click here",
-        "stock image",
-        "best price",
-    ]
-    SIZES = ["small", "little", "tiny"], ["big", "large", "huge"]
-    SIDES = {"left": "on the left", "right": "on the right", "middle": "in the middle"}
-
-    attributes = {"shape": list(SHAPES.values()), "colour": list(COLOURS.values())}
+    attributes = shapes.ATTRIBUTES
 
     def __init__(self, split: str):
-        self.split, self.length = split, 100_000 if split == "train" else 4_000
+        self.split = split
 
     def __len__(self) -> int:
-        return self.length
-
-    def scene(self, i: int) -> dict:
-        """What sample i shows. Drawn first, so that picture and caption speak of the same thing.
-
-        Size, place and turn vary little enough for a small ViT to learn the shapes in minutes.
-        """
-        rng = np.random.default_rng((i, self.split != "train"))
-        shape, colour = rng.integers(8, size=2).tolist()
-        radius = rng.uniform(0.32, 0.42)  # as the place, in sides of the image
-        x, y = rng.uniform(0.42, 0.58, size=2)
-        return {"rng": rng, "shape": shape, "colour": colour, "radius": radius, "x": x, "y": y}
-
-    def caption(self, scene: dict) -> str:
-        """A caption from a small grammar in which most parts may be missing."""
-        rng = scene["rng"]
-        if rng.random() < 0.05:  # it is about another image
-            scene = self.scene(int(rng.integers(len(self))))
-        words = [pick(rng, self.OPENINGS), pick(rng, ["a", "the", "one", "some"])]
-        if rng.random() < 0.4:
-            words.append(pick(rng, self.SIZES[scene["radius"] > 0.37]))
-        if rng.random() < 0.85:
-            words.append(self.word(rng, self.attributes["colour"][scene["colour"]]))
-        shape = self.word(rng, self.attributes["shape"][scene["shape"]])
-        words.append(shape if rng.random() < 0.85 else "thing")
-        if rng.random() < 0.3:
-            x = scene["x"]
-            words.append(self.SIDES["left" if x < 0.46 else "right" if x > 0.54 else "middle"])
-        if rng.random() < 0.4:
-            words.append(pick(rng, self.ENDINGS))
-        if rng.random() < 0.2:
-            words.append(f"img_{rng.integers(1000, 9999)}.jpg")
-        return " ".join(word for word in words if word)
-
-    @staticmethod
-    def word(rng: np.random.Generator, names: list[str]) -> str:
-        """The first name more often than its synonyms."""
-        return names[0] if rng.random() < 0.6 else pick(rng, names[1:])
+        return shapes.LENGTHS[self.split]
 
     def raw(self, i: int) -> Raw:
-        scene = self.scene(i)
-        caption = self.caption(scene)
-        return Raw(self.draw(scene)[0], caption, (scene["shape"], scene["colour"]))
+        scene = shapes.scene_of(i, self.split)
+        caption = shapes.caption(scene)
+        return Raw(shapes.draw(scene)[0], caption, (scene["shape"], scene["colour"]))
 
     def captions(self, limit: int) -> Iterator[str]:
-        return (self.caption(self.scene(i)) for i in range(min(limit, len(self))))
+        some = range(min(limit, len(self)))
+        return (shapes.caption(shapes.scene_of(i, self.split)) for i in some)
 
-    def draw(self, scene: dict, side: int = 64) -> tuple[Image.Image, Image.Image]:
-        """The picture, side x side pixels, and the mask of its object (0 or 255)."""
-        rng, (x, y, r) = scene["rng"], (scene[key] * side for key in ("x", "y", "radius"))
-        turn = rng.uniform(-0.3, 0.3)  # radians
-        c, s = r * math.cos(turn), r * math.sin(turn)
-        mask = Image.new("L", (side, side))
-        for outline, fill in OUTLINES[list(self.SHAPES)[scene["shape"]]]:
-            points = [(x + c * u - s * v, y + s * u + c * v) for u, v in outline]
-            ImageDraw.Draw(mask).polygon(points, fill=fill)
-        background = rng.uniform(85, 175) + rng.uniform(-22, 22, size=3)
-        colour = list(self.COLOURS)[scene["colour"]] + rng.uniform(-18, 18, size=3)
-        image = Image.new("RGB", (side, side), tuple(background.astype(int).tolist()))
-        image.paste(tuple(colour.clip(0, 255).astype(int).tolist()), mask=mask)
-        return image, mask
-
-
-def around(
-    radius: Callable, points: int, x: float = 0.0, y: float = 0.0
-) -> list[tuple[float, float]]:
-    """The outline with that radius at each of so many angles, clockwise from the top."""
-    angles = [2 * math.pi * k / points for k in range(points)]
-    return [
-        (x + radius(k) * math.sin(a), y - radius(k) * math.cos(a)) for k, a in enumerate(angles)
-    ]
-
-
-def heart(points: int) -> list[tuple[float, float]]:
-    """A well-known curve: x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t."""
-    turns = [2 * math.pi * k / points for k in range(points)]
-    waves = (13, -5, -2, -1)
-    height = [sum(w * math.cos((n + 1) * t) for n, w in enumerate(waves)) for t in turns]
-    return [(math.sin(t) ** 3, -y / 16) for t, y in zip(turns, height, strict=True)]
-
-
-# Polygons around (0, 0) in radii, y downwards, each painted (255) or cut out (0) in this order.
-DISC = around(lambda _: 1.0, 40)
-OUTLINES = {
-    "circle": [(DISC, 255)],
-    "square": [([(-0.78, -0.78), (0.78, -0.78), (0.78, 0.78), (-0.78, 0.78)], 255)],
-    "triangle": [([(0, -1), (0.95, 0.75), (-0.95, 0.75)], 255)],
-    "star": [(around(lambda k: 0.4 if k % 2 else 1.0, 10), 255)],
-    "cross": [
-        ([(-0.28, -1), (0.28, -1), (0.28, 1), (-0.28, 1)], 255),
-        ([(-1, -0.28), (1, -0.28), (1, 0.28), (-1, 0.28)], 255),
-    ],
-    "ring": [(DISC, 255), (around(lambda _: 0.55, 40), 0)],
-    "heart": [(heart(40), 255)],
-    "moon": [(DISC, 255), (around(lambda _: 0.8, 40, x=0.55, y=-0.15), 0)],
-}
 
 TEMPLATES = """a photo of a {}|one {}|the {} in the picture|my favourite {}|{}|is this a {} ?
 i found this {} yesterday|a small picture of a {}|a {} on a plain background|new {} for sale

@@ -32,13 +32,12 @@ from data import (
     Prepare,
     UserError,
     batches,
-    caption_labels,
     load_source,
     normalize,
-    read_ranks,
     refuse_if_bad,
 )
 from superclass import IDF, SuperClass, build_encoder
+from tokenizer import caption_labels, read_ranks
 
 # ------------------------------------------------------------------------------------------------
 # Runs.

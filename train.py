@@ -37,11 +37,9 @@ from data import (
     TrainStream,
     UserError,
     batches,
-    load_tokenizer,
     normalize,
     refuse_if_bad,
     tell_skipped,
-    write_ranks,
 )
 from eval import (
     Run,
@@ -54,6 +52,7 @@ from eval import (
     report,
 )
 from superclass import IDF, SuperClass, build_encoder, superclass_loss
+from tokenizer import load_tokenizer, write_ranks
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,20 +1,17 @@
 """Tokenizers, images, sources and streams; every kind of bad sample, made and met."""
 
-import base64
 import itertools
 import json
 import zlib
-from collections import Counter
 
 import numpy as np
 import pytest
-import requests
-import tiktoken
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
 import data
+import shapes
 from data import (
     KINDS,
     Augment,
@@ -28,115 +25,17 @@ from data import (
     TrainStream,
     UserError,
     batches,
-    caption_labels,
-    learn_bpe,
     load_source,
-    load_tokenizer,
     normalize,
     open_image,
-    read_ranks,
     refuse_if_bad,
     resized_crop,
     to_rgb,
-    write_ranks,
 )
 from tests.conftest import COLOURS, caption, encoded, picture
+from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
-
-# ------------------------------------------------------------------------------------------------
-# Captions.
-
-TEXTS = ["the red star", "the blue star", "a red, red ball", "stars and balls", "thé étoile"] * 3
-
-
-def slow_bpe(captions, size):
-    """Byte-pair encoding without any bookkeeping: count all pairs anew for each merge."""
-    words = [
-        [bytes([b]) for b in w.encode()]
-        for c in captions
-        for w in data.regex.findall(data.WORDS, data.plain(c))
-    ]
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < size:
-        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
-        if not pairs or max(pairs.values()) < 2:
-            break
-        most = max(pairs.values())
-        left, right = min(pair for pair, n in pairs.items() if n == most)
-        ranks.setdefault(left + right, len(ranks))
-        for word in words:
-            j = 0
-            while j < len(word) - 1:
-                if (word[j], word[j + 1]) == (left, right):
-                    word[j : j + 2] = [left + right]
-                j += 1
-    return ranks
-
-
-@pytest.mark.parametrize("size", [256, 270, 400])
-def test_learned_bpe_equals_the_slow_one(size):
-    assert learn_bpe(TEXTS, size) == slow_bpe(TEXTS, size)
-    assert learn_bpe(reversed(TEXTS), size) == learn_bpe(TEXTS, size)  # ties do not see the order
-
-
-def test_bpe_of_shapes_is_learned_from_captions_and_reloads(tmp_path):
-    tokenizer = load_tokenizer("bpe:400", Shapes("train").captions(2000))
-    assert tokenizer.n_vocab == 400
-    write_ranks(tokenizer, tmp_path / "t.tiktoken")
-    again = load_tokenizer(str(tmp_path / "t.tiktoken"))
-    for text in [" a red star", " é ñ 漢字 🙂", " IMG_2041.jpg!"]:
-        assert again.encode_ordinary(text) == tokenizer.encode_ordinary(text)
-        assert again.decode(again.encode_ordinary(text)) == text
-
-
-def test_bpe_stays_smaller_when_no_pair_is_left():
-    assert load_tokenizer("bpe:1000", ["ab ab", "ab"]).n_vocab == 258
-
-
-def test_labels_are_a_sorted_set_whatever_case_and_blanks():
-    tokenizer = load_tokenizer("bpe:400", TEXTS)
-    labels = caption_labels("red star red", tokenizer)
-    assert labels == sorted(set(labels)) == caption_labels("  Star\n RED ", tokenizer)
-    assert caption_labels("", tokenizer) == caption_labels(" \t", tokenizer) == []
-    long = " ".join(f"{i}" for i in range(500))
-    assert len(caption_labels(long, tokenizer, max_tokens=5)) <= 5
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("bpe:12", "at least 256"),
-        ("bpe:x", "at least 256"),
-        ("gpt9", "unknown tokenizer 'gpt9'"),
-        ("no.tiktoken", "cannot be read"),
-    ],
-)
-def test_unusable_tokenizers_are_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        load_tokenizer(spec, ["text"])
-
-
-def test_damaged_tokenizer_files_are_refused(tmp_path):
-    path = tmp_path / "t.tiktoken"
-    path.write_text("not a vocabulary")
-    with pytest.raises(UserError, match=r"not a \.tiktoken file"):
-        read_ranks(path)
-    path.write_bytes(base64.b64encode(b"a") + b" 0\n")
-    with pytest.raises(UserError, match="bytes are missing"):
-        read_ranks(path)
-
-
-def test_tokenizer_without_network_names_the_way_out(monkeypatch, tmp_path):
-    def refuse(url, **_):
-        raise requests.ConnectionError("no network", request=requests.Request("GET", url))
-
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(requests, "get", refuse)
-    tiktoken.registry.ENCODINGS.pop("gpt2", None)
-    with pytest.raises(UserError, match=r"https://.*TIKTOKEN_CACHE_DIR.*bpe:512"):
-        load_tokenizer("gpt2")
-
 
 # ------------------------------------------------------------------------------------------------
 # Images.
@@ -238,7 +137,7 @@ def test_shapes_are_the_same_every_time_and_differ_between_splits():
     assert not np.array_equal(np.array(train.raw(3).image), np.array(val.raw(3).image))
     targets = np.array([train.raw(i).targets for i in range(400)])
     assert all(len(set(targets[:, a])) == 8 for a in range(2))
-    image, mask = train.draw(train.scene(3))
+    image, mask = shapes.draw(shapes.scene_of(3, "train"))
     assert image.size == mask.size and set(np.unique(mask)) == {0, 255}
 
 
