@@ -212,10 +212,13 @@ class Prepare:
         view: from a PIL image to an S x S one, such as `Augment`.
         tokenizer: for the labels; None when captions are not wanted.
         seed: of the augmentation, together with the sample's key.
+        encode: from a caption and the tokenizer to ids; a text tower needs them in their order.
     """
 
-    def __init__(self, view: Callable, tokenizer=None, seed: int = 0):
-        self.view, self.tokenizer, self.seed = view, tokenizer, seed
+    def __init__(
+        self, view: Callable, tokenizer=None, seed: int = 0, encode: Callable = caption_labels
+    ):
+        self.view, self.tokenizer, self.seed, self.encode = view, tokenizer, seed, encode
 
     def __call__(self, raw: Raw | BadSample, key: tuple[int, ...] = ()) -> tuple | BadSample:
         try:
@@ -234,7 +237,7 @@ class Prepare:
 
     def labels(self, caption: str | bytes | Path | None) -> list[int]:
         text = read_caption(caption)
-        labels = caption_labels(text, self.tokenizer)
+        labels = self.encode(text, self.tokenizer)
         if not labels:
             raise BadSample("caption without a known token", repr(text[:60]))
         return labels
@@ -399,6 +402,27 @@ class Labelled(Pairs):
 
     def captions(self, limit: int) -> Iterator[str]:
         return (self.caption(i) for i in range(min(limit, len(self))))
+
+
+class SwappedCaptions(Pairs):
+    """A source in which a share of the images carry another image's caption; always the same."""
+
+    def __init__(self, source: Pairs, share: float):
+        self.source, self.share = source, share
+        self.attributes, self.captions = source.attributes, source.captions
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.share:.0%} of them with the caption of another"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def raw(self, i: int) -> Raw | BadSample:
+        raw, rng = self.source.raw(i), np.random.default_rng((i, len(self)))
+        if rng.random() >= self.share or isinstance(raw, BadSample):
+            return raw
+        other = self.source.raw(int(rng.integers(len(self))))
+        return other if isinstance(other, BadSample) else raw._replace(caption=other.caption)
 
 
 class Classes:
@@ -682,7 +706,11 @@ BUILT_IN = ("shapes", *Labelled.NAMES)
 
 
 def load_source(
-    spec: str, split: str = "train", root: str = "data", class_names: str | None = None
+    spec: str,
+    split: str = "train",
+    root: str = "data",
+    class_names: str | None = None,
+    caption_noise: float = 0.0,
 ):
     """Open what --data names.
 
@@ -692,9 +720,20 @@ def load_source(
         split: "train" or "val"; what is not built in is the same for both.
         root: where torchvision keeps its sets.
         class_names: a file with the names of the classes, for what is not built in.
+        caption_noise: share of the images that get another image's caption, 0 to 1.
     Raises:
         UserError: when there is no such source, or nothing usable in it.
     """
+    source = open_source(spec, split, root, class_names)
+    if not caption_noise:
+        return source
+    if isinstance(source, Shards):
+        raise UserError("--caption-noise needs a source of known length, which shards are not")
+    return SwappedCaptions(source, caption_noise)
+
+
+def open_source(spec: str, split: str, root: str, class_names: str | None):
+    """The source of that name, as it is."""
     if spec == "shapes":
         return Shapes(split)
     if spec in Labelled.NAMES:

@@ -1,29 +1,34 @@
-"""Evaluation of a run: linear probe, few-shot, and zero-shot straight from the head.
+"""Evaluation of runs: linear probe, few-shot, zero-shot, retrieval, and tables of several runs.
 
-    python eval.py probe|fewshot|zeroshot RUN [--data SPEC] [--val-data SPEC]
+    python eval.py probe|fewshot|zeroshot|retrieval RUN [--data SPEC] [--val-data SPEC]
+    python eval.py table RUN [RUN ...]
 
-Each command prints a table, a row for each attribute that the source has classes for, and appends
-the rows to RUN/eval.jsonl. The encoder is frozen throughout; features are extracted once.
+Each of the first prints a table, a row for each attribute that the source has classes for, and
+appends the rows to RUN/eval.jsonl. The encoder is frozen throughout; features are extracted once.
+`table` collects these rows over runs that differ in nothing but their seed.
 
-Letters in the shapes:  N images,  D width,  C classes,  V vocabulary.
+Letters in the shapes:  N images,  M captions,  D width,  C classes,  V vocabulary.
 """
 
 import argparse
+import functools
 import json
+import math
 import statistics
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter as HelpFormatter
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baselines import CLIP, build_text_tower
 from data import (
     BUILT_IN,
     KINDS,
@@ -37,7 +42,7 @@ from data import (
     refuse_if_bad,
 )
 from superclass import IDF, SuperClass, build_encoder
-from tokenizer import caption_labels, read_ranks
+from tokenizer import caption_labels, caption_tokens, read_tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # Runs.
@@ -49,7 +54,7 @@ class Run(NamedTuple):
     folder: Path
     config: dict
     tokenizer: object
-    model: SuperClass
+    model: SuperClass | CLIP
     idf: IDF
     step: int
 
@@ -62,14 +67,6 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder} holds no run: there is no config.json in it") from None
     except ValueError:
         raise UserError(f"{folder / 'config.json'} is damaged: it is not JSON") from None
-
-
-def read_tokenizer(folder: Path, config: dict):
-    """The tokenizer that was saved with the run."""
-    ranks = read_ranks(folder / "tokenizer.tiktoken")
-    return tiktoken.Encoding(
-        "run", pat_str=config["words"], mergeable_ranks=ranks, special_tokens={}
-    )
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -103,6 +100,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def build_model(config: dict) -> SuperClass | CLIP:
+    """The untrained model of a run's objective."""
+    encoder = build_encoder(config["model"], config["image_size"])
+    if config["objective"] in ("clip", "lit"):
+        text = build_text_tower(config["model"], config["vocab_size"])
+        return CLIP(encoder, text, locked=config["objective"] == "lit")
+    outputs = config["vocab_size"]
+    if config["objective"] == "supervised":
+        outputs = sum(map(len, config["classes"].values()))
+    return SuperClass(encoder, outputs)
+
+
 def load_run(folder: Path, device: torch.device) -> Run:
     """Load a run for evaluation.
 
@@ -110,18 +119,11 @@ def load_run(folder: Path, device: torch.device) -> Run:
     """
     config = read_config(folder)
     state = read_checkpoint(folder / "checkpoint.pt")
-    model = SuperClass(build_encoder(config["model"], config["image_size"]), config["vocab_size"])
-    idf = IDF(config["vocab_size"])
+    model, idf = build_model(config), IDF(config["vocab_size"])
     model.load_state_dict(state["model"])
     idf.load_state_dict(state["idf"])
-    return Run(
-        folder,
-        config,
-        read_tokenizer(folder, config),
-        model.to(device).eval(),
-        idf.to(device),
-        state["step"],
-    )
+    tokenizer = read_tokenizer(folder / "tokenizer.tiktoken", config)
+    return Run(folder, config, tokenizer, model.to(device).eval(), idf.to(device), state["step"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,32 +131,30 @@ def load_run(folder: Path, device: torch.device) -> Run:
 
 
 @torch.inference_mode()
-def extract(
-    model: SuperClass, source, image_size: int, batch_size=256, workers=2, limit: int | None = None
-):
+def extract(model, source, image_size: int, batch_size=256, workers=2, limit=None, tokenizer=None):
     """Features [N, D] (float32, on the CPU) and targets [N, A] of a source, `limit` images at most.
 
-    Images are resized and centre-cropped. Bad ones are skipped; past a tenth this raises UserError.
+    With a tokenizer also N lists of the captions' token ids, in their order. Images are resized and
+    centre-cropped. Bad samples are skipped; past a tenth this raises UserError.
     """
     device = next(model.parameters()).device
-    training, features, targets = model.training, [], []
+    training, features, targets, tokens = model.training, [], [], []
     skipped = torch.zeros(len(KINDS), dtype=torch.int64)
     model.eval()
-    dataset = OnePass(source, Prepare(CenterCrop(image_size)), batch_size, limit)
-    for batch in batches(dataset, workers, device):
+    prepare = Prepare(CenterCrop(image_size), tokenizer, encode=caption_tokens)
+    for batch in batches(OnePass(source, prepare, batch_size, limit), workers, device):
         skipped = skipped + batch["skipped"]
         if "images" in batch:
-            features.append(
-                model.features(normalize(batch["images"].to(device, non_blocking=True)))
-                .float()
-                .cpu()
-            )
+            images = normalize(batch["images"].to(device, non_blocking=True))
+            features.append(model.features(images).float().cpu())
             targets.append(batch["targets"])
+            tokens += [row[row >= 0].tolist() for row in batch["labels"]]
     model.train(training)
     refuse_if_bad(sum(map(len, targets)), skipped)
     if not targets:
         raise UserError("there is no image to evaluate")
-    return torch.cat(features), torch.cat(targets)
+    found = torch.cat(features), torch.cat(targets)
+    return (*found, tokens) if tokenizer else found
 
 
 def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
@@ -166,6 +166,10 @@ def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------
 # The measurements.
 
+log_softmax = functools.partial(F.log_softmax, dim=1)
+LOG_PROBABILITY = defaultdict(lambda: log_softmax)  # by --loss
+LOG_PROBABILITY |= dict.fromkeys(["bce", "asl", "soft_margin"], F.logsigmoid)
+
 
 def zeroshot(
     model: SuperClass,
@@ -174,6 +178,7 @@ def zeroshot(
     features: Tensor,
     names: list[list[str]],
     prior: bool = False,
+    log_probability: Callable = log_softmax,
 ) -> Tensor:
     """Scores [N, C] of classes for pooled features [N, D], from the pretraining head alone.
 
@@ -184,40 +189,107 @@ def zeroshot(
     Args:
         names: the names of each class.
         prior: subtract each token's log-frequency, so that common names lose their head start.
+        log_probability: of logits [n, V]; F.logsigmoid for a head trained with such a loss.
     Raises:
         UserError: when no token of a class's names occurred in training.
     """
-    idf.wait()
-    device, V = model.head.weight.device, len(idf.df)
-    seen = idf.df > 0 if idf.n > 0 else torch.ones(V, dtype=torch.bool, device=device)
-    weights = (idf.weights() if idf.n > 0 else torch.ones(V, device=device)) * seen
-    name_weights, classes = [], []  # a row [V] of normalised weights for each name, and its class
+    owners = [c for c, aliases in enumerate(names) for _ in aliases]
+    bags = token_bags(idf, [caption_labels(name, tokenizer) for ns in names for name in ns])
+    known = bags.sum(dim=1).to_dense().cpu() > 0
     for c, aliases in enumerate(names):
-        for name in aliases:
-            w = torch.zeros(V, device=device)
-            ids = caption_labels(name, tokenizer)
-            w[ids] = weights[ids]
-            if w.sum() > 0:
-                name_weights.append(w / w.sum())
-                classes.append(c)
-        if c not in classes:
+        if not any(known[i] for i, owner in enumerate(owners) if owner == c):
             raise UserError(
-                f"no token of the class name '{names[c][0]}' occurred in training: give other names"
+                f"no token of the class name '{aliases[0]}' occurred in training: give other names"
             )
-    name_weights, classes = torch.stack(name_weights), torch.tensor(classes, device=device)
-    to_class = F.one_hot(classes, len(names)).float()
-    to_class = to_class / to_class.sum(dim=0)  # [names, C]: mean over the names of a class
-    frequency = (
-        (idf.df.float() / idf.n.clamp(min=1)).clamp(min=1e-9).log()
-        if prior
-        else torch.zeros(V, device=device)
-    )
+    scores = score_bags(model, idf, features, bags, prior, log_probability)
+    return mean_over_names(scores, [c if known[i] else -1 for i, c in enumerate(owners)])
+
+
+def token_bags(idf: IDF, labels: list[list[int]]) -> Tensor:
+    """For each of M token sets its IDF weights, normalised: sparse [M, V], rows summing to one.
+
+    Tokens that never occurred in training have no weight. A row without any token stays empty.
+    """
+    weights = torch.ones(len(idf.df)) if idf.n == 0 else idf.weights().cpu() * (idf.df.cpu() > 0)
+    rows = torch.tensor([i for i, row in enumerate(labels) for _ in row], dtype=torch.int64)
+    ids = torch.tensor([token for row in labels for token in row], dtype=torch.int64)
+    sums = torch.zeros(len(labels)).index_add(0, rows, weights[ids])
+    values = weights[ids] / sums[rows].clamp(min=1e-30)
+    size = (len(labels), len(weights))
+    return torch.sparse_coo_tensor(torch.stack([rows, ids]), values, size, check_invariants=True)
+
+
+@torch.inference_mode()
+def score_bags(
+    model: SuperClass, idf: IDF, features: Tensor, bags: Tensor, prior=False, log_p=log_softmax
+) -> Tensor:
+    """Scores [N, M]: the mean log-probability of each of M `token_bags` for features [N, D]."""
+    frequency = (idf.df / idf.n.clamp(min=1)).clamp(min=1e-9).log() if prior else 0.0
     scores = []
-    with torch.inference_mode():
-        for x in features.split(1024):
-            log_p = F.log_softmax(model.head(model.norm(x.to(device))).float(), dim=1)  # [n, V]
-            scores.append(((log_p - frequency) @ name_weights.T @ to_class).cpu())
+    for x in features.to(idf.df.device).split(256):
+        x = log_p(model.head(model.norm(x)).float()) - frequency  # [n, V]
+        scores.append(torch.sparse.mm(bags, x.T.cpu()).T)
     return torch.cat(scores)
+
+
+def mean_over_names(scores: Tensor, owners: list[int]) -> Tensor:
+    """Scores of names [N, M] -> of classes [N, C]; owners are the classes, -1 for no use."""
+    owners = torch.tensor(owners)
+    mean = F.one_hot(owners[owners >= 0]).to(scores.dtype)
+    return scores[:, owners >= 0] @ (mean / mean.sum(dim=0))
+
+
+def zeroshot_by_text(
+    model: CLIP, tokenizer, features: Tensor, names: list[list[str]], prompts: list[str]
+) -> Tensor:
+    """Scores [N, C]: the cosine between an image and each class's mean prompt (section 4, LiT).
+
+    Args:
+        prompts: texts with {} for a name, such as "a photo of a {}".
+    """
+    texts = [prompt.format(name) for aliases in names for name in aliases for prompt in prompts]
+    owners = [c for c, aliases in enumerate(names) for _ in range(len(aliases) * len(prompts))]
+    embedded = embed_texts(model, [caption_tokens(text, tokenizer) for text in texts])
+    mean = F.normalize(mean_over_names(embedded.T, owners).T, dim=1)  # [C, E]
+    return embed_images(model, features) @ mean.T
+
+
+@torch.inference_mode()
+def embed_texts(model: CLIP, tokens: list[list[int]]) -> Tensor:
+    """Token ids of M texts -> unit vectors [M, E], on the CPU."""
+    device, embedded = model.log_scale.device, []
+    for i in range(0, len(tokens), 256):
+        rows = [torch.tensor(row, dtype=torch.int64) for row in tokens[i : i + 256]]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        embedded.append(model.embed_texts(padded.to(device)).cpu())
+    return torch.cat(embedded)
+
+
+@torch.inference_mode()
+def embed_images(model: CLIP, features: Tensor) -> Tensor:
+    """Pooled features [N, D] -> unit vectors [N, E], on the CPU."""
+    return model.embed_images(features.to(model.log_scale.device)).cpu()
+
+
+def retrieval(scores: Tensor, captions: Tensor, at=(1, 5, 10)) -> dict[str, float]:
+    """Recall at k of image -> caption and caption -> image, shares in [0, 1].
+
+    A caption is found when fewer than k others score as well or better with its image; an image
+    when fewer than k of other captions do with its caption. Images that share their text are one
+    answer: none of them can be asked for alone.
+
+    Args:
+        scores: [N, M], of N images and M different captions.
+        captions: [N], the number of each image's caption.
+    """
+    others = captions[:, None] != torch.arange(scores.shape[1])  # [N, M]
+    own = scores.gather(1, captions[:, None])  # [N, 1]
+    rank = ((scores >= own) & others).sum(dim=1)  # [N]
+    best = torch.full((scores.shape[1],), -torch.inf)
+    best = best.scatter_reduce(0, captions, own[:, 0], "amax")  # [M], of the caption's own images
+    text_rank = ((scores >= best) & others).sum(dim=0)  # [M]
+    found = {f"i2t@{k}": (rank < k).double().mean().item() for k in at}
+    return found | {f"t2i@{k}": (text_rank < k).double().mean().item() for k in at}
 
 
 def probe(
@@ -298,12 +370,38 @@ def top1(scores: Tensor, labels: Tensor) -> float:
 # From a run to rows.
 
 
+PROMPTS = ["a {}", "a photo of a {}", "a picture of the {}"]  # for a text tower; the head: names
+
+
+def classify(run: Run, attribute: int, names: list[list[str]], features: Tensor, **options):
+    """The scores [N, C] of a run's own way to tell classes apart without training for it.
+
+    By its text tower, where it has one; by the head over the vocabulary; for a supervised run,
+    which has trained for it, by the outputs of this attribute.
+    """
+    prior, prompts = options.get("prior", False), options.get("prompts")
+    if run.config["objective"] == "supervised":
+        classes = list(run.config["classes"].values())
+        if names != classes[attribute]:
+            raise UserError("a supervised run knows its own classes only: give data that has them")
+        with torch.inference_mode():
+            x = features.to(run.model.head.weight.device)
+            scores = run.model.head(run.model.norm(x)).float().cpu()
+        return scores.split(list(map(len, classes)), dim=1)[attribute]
+    if isinstance(run.model, CLIP):
+        return zeroshot_by_text(run.model, run.tokenizer, features, names, prompts or PROMPTS)
+    if prompts:
+        names = [[prompt.format(name) for name in ns for prompt in prompts] for ns in names]
+    log_p = LOG_PROBABILITY[run.config["loss"]]
+    return zeroshot(run.model, run.idf, run.tokenizer, features, names, prior, log_p)
+
+
 def measure(tasks: Iterable[str], run: Run, train, val, **options) -> list[dict]:
     """Rows {task, attribute, top1, ...} of the given tasks for every attribute of the source `val`.
 
     Args:
         train: the source whose images the probe and the shots come from.
-        options: shots, draws, prior, workers, batch_size, limit (training images at most).
+        options: shots, draws, prior, prompts, workers, batch_size, limit (training images at most).
     """
     if not val.attributes:
         raise UserError("the validation data has no classes: give class folders or a label column")
@@ -321,28 +419,56 @@ def measure(tasks: Iterable[str], run: Run, train, val, **options) -> list[dict]
         x, y, classes = features[known], targets[known, a], len(names)
         row = {"task": task, "attribute": attribute, "classes": classes, "images": len(y)}
         if task == "zeroshot":
-            prior = options.get("prior", False)
-            scores = zeroshot(run.model, run.idf, run.tokenizer, x, names, prior)
-            rows.append(row | {"top1": top1(scores, y), "prior": prior})
+            if run.config["objective"] == "supervised":
+                row["task"] = "head"
+            elif not isinstance(run.model, CLIP):
+                row["prior"] = options.get("prior", False)
+            rows.append(row | {"top1": top1(classify(run, a, names, x, **options), y)})
             continue
         known = train_targets[:, a] >= 0
         if not known.any():
             raise UserError(f"no training image has a label for '{attribute}'")
         train_x, train_y = train_features[known], train_targets[known, a]
         if task == "probe":
-            device = run.model.head.weight.device
+            device = run.idf.df.device
             scores, penalty = probe(*(t.to(device) for t in (train_x, train_y, x)), classes)
-            rows.append(
-                row | {"top1": top1(scores.cpu(), y), "penalty": penalty, "train": len(train_y)}
-            )
+            row |= {"top1": top1(scores.cpu(), y), "penalty": penalty, "train": len(train_y)}
         if task == "fewshot":
             shots, draws = options.get("shots", 10), options.get("draws", 3)
+            few = train_y.bincount(minlength=classes).min()
+            if few < shots and len(tasks) > 1:
+                print(f"no {shots}-shot: a class has {few} training images", file=sys.stderr)
+                continue
             draw = [fewshot(train_x, train_y, x, classes, shots, seed) for seed in range(draws)]
             mean, deviation = mean_and_deviation([top1(scores, y) for scores in draw])
-            rows.append(
-                row | {"top1": mean, "deviation": deviation, "shots": shots, "draws": draws}
-            )
+            row |= {"top1": mean, "deviation": deviation, "shots": shots, "draws": draws}
+        rows.append(row)
     return rows
+
+
+def measure_retrieval(run: Run, val, **options) -> list[dict]:
+    """The row of `retrieval` among the images of a source and their captions.
+
+    By the text tower, where there is one; else a caption is a bag of tokens, scored as a class's
+    name is.
+    """
+    if run.config["objective"] == "supervised":
+        raise UserError("a supervised run knows no captions: retrieval needs another objective")
+    loading = {key: options[key] for key in ("workers", "batch_size", "limit")}
+    size = run.config["image_size"]
+    features, _, tokens = extract(run.model, val, size, tokenizer=run.tokenizer, **loading)
+    if not isinstance(run.model, CLIP):
+        tokens = [sorted(set(row)) for row in tokens]
+    texts = sorted(set(map(tuple, tokens)))
+    number = {text: m for m, text in enumerate(texts)}
+    captions = torch.tensor([number[tuple(row)] for row in tokens])
+    if isinstance(run.model, CLIP):
+        scores = embed_images(run.model, features) @ embed_texts(run.model, texts).T
+    else:
+        bags, log_p = token_bags(run.idf, texts), LOG_PROBABILITY[run.config["loss"]]
+        scores = score_bags(run.model, run.idf, features, bags, options["prior"], log_p)
+    row = {"task": "retrieval", "images": len(captions), "captions": len(texts)}
+    return [row | retrieval(scores, captions)]
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
@@ -355,14 +481,97 @@ def report(rows: list[dict], run: Run) -> str:
     with open(run.folder / "eval.jsonl", "a") as file:
         for row in rows:
             file.write(json.dumps({"step": run.step, **row, "time": round(time.time())}) + "\n")
+    if rows[0]["task"] == "retrieval":
+        (row,) = rows
+        line = f"{'retrieval':<9} {row['images']:>7} images {row['captions']:>7} captions"
+        recalls = (f"{key} {value:.3f}" for key, value in row.items() if "@" in key)
+        return "  ".join([line, *recalls])
     lines = [f"{'task':<15} {'attribute':<10} {'classes':>7} {'images':>7} {'top-1':>7}"]
     for row in rows:
-        name = f"{row['shots']}-shot" if row["task"] == "fewshot" else row["task"]
-        name += " +prior" if row.get("prior") else ""
-        line = f"{name:<15} {row['attribute']:<10} {row['classes']:>7} {row['images']:>7}"
+        line = f"{task_name(row):<15} {row['attribute']:<10} {row['classes']:>7} {row['images']:>7}"
         deviation = row.get("deviation")
         lines.append(f"{line} {row['top1']:>7.3f}" + (f" ± {deviation:.3f}" if deviation else ""))
     return "\n".join(lines)
+
+
+def task_name(row: dict) -> str:
+    """A row's task with its options, such as "10-shot" or "zeroshot +prior"."""
+    name = f"{row['shots']}-shot" if row["task"] == "fewshot" else row["task"]
+    return name + (" +prior" if row.get("prior") else "")
+
+
+# ------------------------------------------------------------------------------------------------
+# Several runs.
+
+
+def table(folders: list[Path]) -> str:
+    """A Markdown table of finished runs, mean ± deviation over those that differ in their seed.
+
+    The name of a row is that of the folders, less a last "-SEED". Time is that of training alone,
+    without evaluation, peak memory that of the process.
+    """
+    groups = {}
+    for folder in folders:
+        config = read_config(folder)
+        name = folder.resolve().name.removesuffix(f"-{config['seed']}")
+        groups.setdefault(name, []).append((config, finished(folder, config)))
+    columns = []  # in the order in which they are first met
+    for runs in groups.values():
+        for _, scores in runs:
+            columns += [column for column in scores if column not in columns]
+    lines = [f"| run | lr | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
+    for name, runs in groups.items():
+        configs = [{**config, "seed": None, **MACHINE} for config, _ in runs]
+        differ = sorted({key for c in configs for key in c if c[key] != configs[0].get(key)})
+        if differ:
+            raise UserError(f"the runs '{name}' are not one: they differ in {', '.join(differ)}")
+        if len({config["seed"] for config, _ in runs}) < len(runs):
+            raise UserError(f"the runs '{name}' are not several: a seed occurs twice")
+        cells = [name, f"{configs[0]['lr']:g}", str(len(runs))]
+        for column in columns:
+            values = [scores[column] for _, scores in runs if column in scores]
+            cells.append(cell(column, values) if len(values) == len(runs) else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+MACHINE = dict.fromkeys(["workers", "device", "save_every", "log_every", "clip_vocab", "dtype"])
+
+
+def cell(column: str, values: list[float]) -> str:
+    """Mean ± deviation; of times and the like, which no two machines share, the median."""
+    if column in ("minutes", "images/s", "peak MB"):
+        return f"{statistics.median(values):.{1 if column == 'minutes' else 0}f}"
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+
+
+def finished(folder: Path, config: dict) -> dict[str, float]:
+    """What a finished run measured: its last row of each task, and its cost."""
+    metrics, rows = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "eval.jsonl")
+    steps = math.ceil(config["samples"] / config["batch_size"])
+    if not metrics or metrics[-1]["step"] < steps:
+        raise UserError(f"{folder} is not finished: continue it with --out {folder} --resume")
+    scores, several = {}, len({row.get("attribute") for row in rows}) > 1
+    for row in (row for row in rows if row["step"] == steps):
+        task = task_name(row) + (f" {row['attribute']}" if several and "attribute" in row else "")
+        found = {key: value for key, value in row.items() if "@" in key}
+        scores |= found or {task: row["top1"]}
+    before = [0, *(line["step"] for line in metrics)]
+    seconds = sum(
+        line["step_s"] * (line["step"] - b) for line, b in zip(metrics, before, strict=False)
+    )
+    scores["minutes"] = seconds / 60
+    scores["images/s"] = statistics.median(line["images_per_s"] for line in metrics)
+    if metrics[-1]["peak_mb"]:  # unknown on Windows
+        scores["peak MB"] = max(line["peak_mb"] for line in metrics)
+    return scores
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The lines of a .jsonl file, less a last one that was cut off; none where there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def positive(text: str) -> int:
@@ -373,30 +582,42 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="Evaluate a run.", formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description="Evaluate runs.", formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("task", choices=("probe", "fewshot", "zeroshot"))
-    add("run", type=Path, help="the run's folder")
+    add("task", choices=("probe", "fewshot", "zeroshot", "retrieval", "table"))
+    add("run", type=Path, nargs="+", help="the run's folder; for a table, several")
     add("--data", help="training images for probe and few-shot; default: the run's own")
     add("--val-data", help="images to evaluate on; default: the same source's own split")
     add("--data-root", help="where torchvision keeps its sets; default: as in the run")
     add("--class-names", help="file with a class a line, several names between commas")
-    add("--prior", action="store_true", help="zeroshot: subtract each token's log-frequency")
+    add("--prior", action="store_true", help="from the head: subtract each token's log-frequency")
+    add("--prompt", action="append", dest="prompts", help="zeroshot: text with {} for a class name")
     add("--shots", type=positive, default=10, help="fewshot: training images a class")
     add("--draws", type=positive, default=3, help="fewshot: how often to draw them")
-    add("--limit", type=positive, help="training images at most")
+    add("--limit", type=positive, help="training images, or pairs of retrieval, at most")
     add("--batch-size", type=positive, default=256)
     add("--workers", type=int, default=2)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     try:
-        run = load_run(args.run, pick_device(args.device))
+        if args.task == "table":
+            print(table(args.run))
+            return
+        if len(args.run) > 1:
+            raise UserError(f"{args.task} takes one run, and {len(args.run)} were named")
+        if any("{}" not in prompt for prompt in args.prompts or ()):
+            raise UserError("--prompt needs {} where the name of the class goes")
+        run = load_run(args.run[0], pick_device(args.device))
         train, val = open_sources(run.config, vars(args))
         if val is None:
             raise UserError("there is no validation data: name some with --val-data")
-        names = ("prior", "shots", "draws", "limit", "batch_size", "workers")
+        names = ("prior", "prompts", "shots", "draws", "limit", "batch_size", "workers")
         options = {name: getattr(args, name) for name in names}
-        print(report(measure([args.task], run, train, val, **options), run))
+        if args.task == "retrieval":
+            rows = measure_retrieval(run, val, **options)
+        else:
+            rows = measure([args.task], run, train, val, **options)
+        print(report(rows, run))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -411,7 +632,8 @@ def open_sources(config: dict, flags: dict | None = None) -> tuple:
     given = {**config, **({"val_data": None} if "data" in flags else {}), **flags}
     where = given["data_root"], given["class_names"]
     val = given["val_data"] or (given["data"] if given["data"] in BUILT_IN else None)
-    return load_source(given["data"], "train", *where), val and load_source(val, "val", *where)
+    train = load_source(given["data"], "train", *where, given["caption_noise"])
+    return train, val and load_source(val, "val", *where)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ Letters in shapes:  B images, N patches, D width, H heads, K tokens of a caption
 """
 
 import re
+from collections import OrderedDict
+from itertools import takewhile
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -151,7 +154,8 @@ class ViT(nn.Module):
 
 
 SIZES = {  # name: width, depth, heads
-    "XS": (128, 4, 4),  # for laptops; not in the paper
+    "XXS": (64, 4, 2),  # this and the next are for laptops; not in the paper
+    "XS": (128, 4, 4),
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -159,15 +163,35 @@ SIZES = {  # name: width, depth, heads
 }
 
 
-def build_encoder(name: str, image_size: int) -> ViT:
+class ConvNet(nn.Sequential):
+    """torchvision's network of that name up to its last map, whose places are tokens (Table 10)."""
+
+    WIDTHS = {"resnet50": 2048, "convnext_tiny": 768}
+
+    def __init__(self, name: str):
+        layers = torchvision.models.get_model(name, weights=None).named_children()
+        super().__init__(OrderedDict(takewhile(lambda layer: layer[0] != "avgpool", layers)))
+        self.width = self.WIDTHS[name]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).flatten(2).transpose(1, 2)  # [B, D, S/32, S/32] -> [B, N, D]
+
+
+def build_encoder(name: str, image_size: int) -> nn.Module:
     """Build a ViT from "SIZE/PATCH", such as "B/16": a size of `SIZES` and a patch size in pixels.
 
-    Raises ValueError when the name is not of that form or the patch does not divide the image.
+    "resnet50" and "convnext_tiny" are torchvision's, from scratch, for images of 32 px or more.
+    Raises ValueError for another name, a patch that does not divide the image or one too small.
     """
+    if name in ConvNet.WIDTHS:
+        if image_size < 32:
+            raise ValueError(f"{name} takes images of 32 px or more")
+        return ConvNet(name)
     match = re.fullmatch(r"(\w+)/([1-9]\d*)", name)
     if not match or match[1] not in SIZES:
         raise ValueError(
-            f"unknown model '{name}': use SIZE/PATCH with SIZE one of {', '.join(SIZES)}, as B/16"
+            f"unknown model '{name}': use SIZE/PATCH with SIZE one of {', '.join(SIZES)}, as B/16, "
+            f"or {' or '.join(ConvNet.WIDTHS)}"
         )
     width, depth, heads = SIZES[match[1]]
     return ViT(image_size, int(match[2]), width, depth, heads)

@@ -1,4 +1,4 @@
-"""Pretrain a vision encoder with SuperClass: one flat loop, from a laptop to a cluster.
+"""Pretrain a vision encoder with SuperClass, or with what it is compared to: one flat loop.
 
     python train.py                                     drawn shapes, two CPU cores, a few minutes
     torchrun --standalone --nproc_per_node=8 train.py --data ... --model B/16 --image-size 224
@@ -10,6 +10,7 @@ metrics.jsonl, eval.jsonl. `python train.py --out RUN --resume` continues it exa
 import argparse
 import atexit
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -27,6 +28,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
+from baselines import LOSSES, contrastive_loss, supervised_loss
 from data import (
     KINDS,
     MEAN,
@@ -43,16 +50,24 @@ from data import (
 )
 from eval import (
     Run,
+    build_model,
     measure,
     open_sources,
     pick_device,
     read_checkpoint,
     read_config,
-    read_tokenizer,
+    read_jsonl,
     report,
 )
-from superclass import IDF, SuperClass, build_encoder, superclass_loss
-from tokenizer import load_tokenizer, write_ranks
+from superclass import IDF, ViT, build_encoder, superclass_loss
+from tokenizer import (
+    caption_labels,
+    caption_tokens,
+    load_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+    tokenizer_config,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -68,12 +83,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-data", help="source to evaluate on; built-in sources have a split of their own")
     add("--data-root", default="data", help="where torchvision keeps its sets")
     add("--class-names", help="file with a class a line, several names between commas")
+    add("--caption-noise", type=float, default=0.0, help="share of images with another's caption")
     add(
         "--tokenizer",
         default="bpe:512",
-        help="bpe:N (learned from the captions), a tiktoken name, a .tiktoken file",
+        help="bpe:N or words:N (learned from the captions), clip, a tiktoken name, a .tiktoken",
     )
-    add("--model", default="XS/8", help="SIZE/PATCH, such as S/16, B/16, L/14")
+    add("--clip-vocab", help="CLIP's vocabulary file; default: an installed package's, or fetched")
+    add("--drop-stopwords", action="store_true", help="without words such as 'the' in the captions")
+    add(
+        "--objective",
+        default="superclass",
+        choices=("superclass", "clip", "lit", "supervised"),
+        help="lit: a text tower for the locked encoder of --init; supervised: the source's classes",
+    )
+    add("--loss", default="softmax", choices=("softmax", *LOSSES), help="of superclass")
+    add("--no-idf", action="store_true", help="softmax: weight all tokens of a caption alike")
+    add("--model", default="XS/8", help="SIZE/PATCH, such as B/16; resnet50, convnext_tiny")
+    add("--init", help="start from the encoder of a run, or of a file of timm's or ours")
     add("--image-size", type=int, default=32, help="pixels")
     add("--samples", type=int, default=76_800, help="images seen in the whole run")
     add("--batch-size", type=int, default=128, help="global: over all processes and micro-batches")
@@ -83,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="images in one forward pass of one process; default: its share of the batch",
     )
     add("--lr", type=float, default=1.5e-3, help="peak learning rate")
+    add("--layer-decay", type=float, default=1.0, help="learning rate from a block to that below")
     add("--beta2", type=float, default=0.98, help="AdamW's second decay")
     add("--weight-decay", type=float, default=0.2, help="for matrices; other parameters have none")
     add("--warmup", type=int, default=40, help="steps")
@@ -91,7 +119,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--flip", action="store_true", help="mirror half of the images")
     add("--color-jitter", type=float, default=0.0, help="strength, for 8 images of 10")
     add("--grayscale", type=float, default=0.0, help="share of images without colour")
-    add("--no-idf", action="store_true", help="weight all tokens of a caption alike")
     add(
         "--precision",
         default="auto",
@@ -105,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", type=Path, help="the run's folder; default: runs/DATA")
     add("--resume", action="store_true", help="continue the run in --out")
+    add("--no-first-eval", action="store_true", help="evaluate at the end only")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--log-every", type=int, default=20, help="steps between lines of metrics.jsonl")
     return parser
@@ -112,19 +140,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 # What may differ when a run is resumed; all else belongs to the run.
 MAY_CHANGE = {"micro_batch", "compile", "grad_checkpointing", "workers", "device"}
-MAY_CHANGE |= {"save_every", "log_every", "out", "resume"}
+MAY_CHANGE |= {"save_every", "log_every", "out", "resume", "no_first_eval", "clip_vocab"}
 RANGES = dict.fromkeys(["image_size", "samples", "batch_size", "micro_batch"], (1, math.inf))
 RANGES |= dict.fromkeys(["save_every", "log_every"], (1, math.inf))
 RANGES |= dict.fromkeys(["workers", "warmup", "seed"], (0, math.inf))
 RANGES |= dict.fromkeys(["lr", "weight_decay", "clip_grad"], (0.0, math.inf))
 RANGES |= dict.fromkeys(["min_scale", "beta2", "grayscale", "color_jitter"], (0.0, 1.0))
+RANGES |= dict.fromkeys(["caption_noise", "layer_decay"], (0.0, 1.0))
+TWO_TOWERS = ("clip", "lit")  # objectives that read captions, in their order, with a text tower
 PROBE_IMAGES = 10_000  # training images for the probe before and after training; eval.py takes all
 
 
 def train(args: argparse.Namespace, config: dict, rank: int, world: int, device: torch.device):
     """Train the run in args.out to its end, or to the first signal; config is its config.json."""
     say = print if rank == 0 else lambda *_: None
-    tokenizer = read_tokenizer(args.out, config)
+    tokenizer = read_tokenizer(args.out / "tokenizer.tiktoken", config)
     train_source, val_source = open_sources(config)
     if str(train_source) != config["source"]:
         raise UserError(f"{args.data} is not what it was: {config['source']}, now {train_source}")
@@ -136,7 +166,10 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
 
     # The same seed gives every process the same weights.
     torch.manual_seed(args.seed)
-    model = SuperClass(build_encoder(args.model, args.image_size), config["vocab_size"]).to(device)
+    model = build_model(config)
+    if args.init and not (args.out / "checkpoint.pt").exists():
+        init_encoder(model.encoder, Path(args.init), say)
+    model.to(device)
     model.encoder.grad_checkpointing = args.grad_checkpointing
     idf = IDF(config["vocab_size"]).to(device)
     optimizer = make_optimizer(model, args, say)
@@ -171,12 +204,17 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
     if world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     view = Augment(args.image_size, args.min_scale, args.flip, args.color_jitter, args.grayscale)
-    prepare = Prepare(view, tokenizer, args.seed)
+    encode = caption_tokens if args.objective in TWO_TOWERS else caption_labels
+    encode = functools.partial(encode, without_stopwords=args.drop_stopwords)
+    captions = tokenizer if args.objective != "supervised" else None
+    prepare = Prepare(view, captions, args.seed, encode)
+    loss_of = make_loss(args, config)
     begin = Start(start * B, first_pass, places)
     dataset = TrainStream(train_source, prepare, args.seed, micro_batch, rank, world, begin)
     say(
         f"data    {args.data}: {train_source}, {config['vocab_size']:,} tokens ({args.tokenizer})\n"
-        f"model   {args.model} at {args.image_size} px on {device} in {config['dtype']}\n"
+        f"model   {args.model} at {args.image_size} px, {args.objective}, on {device} in "
+        f"{config['dtype']}\n"
         f"run     {steps:,} steps x {B:,} = {steps * B:,} images; a batch is {world} processes x "
         f"{accumulation} micro-batches x {micro_batch:,}"
     )
@@ -199,7 +237,7 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
         run = Run(args.out, config, tokenizer, model, idf, step)
         tasks = ["zeroshot"]
         if list(train_source.attributes.values()) == list(val_source.attributes.values()):
-            tasks.append("probe")
+            tasks += ["probe", "fewshot"]
         options = {"limit": PROBE_IMAGES, "workers": args.workers}
         try:
             rows = measure(tasks, run, train_source, val_source, **options)
@@ -209,7 +247,8 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
 
     if start == 0:
         save(0)
-        evaluate(0)
+        if not args.no_first_eval:
+            evaluate(0)
     stop = catch_signals()
     metrics = Metrics(args.out / "metrics.jsonl", start) if rank == 0 else None
     bar = tqdm(total=steps * B, initial=start * B, unit="img", unit_scale=True, disable=rank > 0)
@@ -222,7 +261,7 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
         for step in range(start, steps):
             lr = learning_rate(step, steps, args.warmup, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
 
             # This process's share of the global batch. All of it is counted, on every process,
             # before any of it is weighted, so that the split changes nothing.
@@ -233,6 +272,7 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
             for part in batch:
                 part["images"] = part["images"].to(device, non_blocking=True)
                 part["labels"] = part["labels"].to(device, non_blocking=True)
+                part["targets"] = part["targets"].to(device, non_blocking=True)
                 idf.update(
                     part["labels"]
                 )  # the last sum over processes runs beside the forward pass
@@ -241,11 +281,12 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
             for i, part in enumerate(batch):
                 last = i == accumulation - 1  # gradients are exchanged once a step
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+                    captions = [part["labels"]] if args.objective in TWO_TOWERS else []
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        logits = forward(normalize(part["images"]))
+                        outputs = forward(normalize(part["images"]), *captions)
                     if i == 0:
                         weights = torch.ones_like(idf.weights()) if args.no_idf else idf.weights()
-                    part_loss = superclass_loss(logits, part["labels"], weights) / accumulation
+                    part_loss = loss_of(outputs, part, weights) / accumulation
                     scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()
 
@@ -280,7 +321,7 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
                 line |= {"skipped": int(skipped.sum())}
                 seconds = (now - since) / (done - logged)
                 line |= {"images_per_s": B / seconds, "step_s": seconds}
-                line |= {"data_s": waited / (done - logged)}
+                line |= {"data_s": waited / (done - logged), "peak_mb": peak_memory(device)}
                 if metrics:
                     metrics.write(line)
                 bar.set_postfix_str(
@@ -316,22 +357,90 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimizer(model: torch.nn.Module, args: argparse.Namespace, say) -> torch.optim.AdamW:
-    """AdamW that decays matrices, and not the biases, norms and positions."""
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        (matrices if p.ndim >= 2 and not name.endswith("pos_embed") else others).append(p)
-    numbers = [sum(p.numel() for p in group) for group in (matrices, others)]
-    say(
-        f"params  {numbers[0]:,} in {len(matrices)} matrices with weight decay, "
-        f"{numbers[1]:,} in {len(others)} biases, norms and positions without"
-    )
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+def make_loss(args: argparse.Namespace, config: dict):
+    """What turns the model's outputs, a part of the batch and the IDF weights into a loss."""
+    if args.objective in TWO_TOWERS:
+        return lambda outputs, part, weights: contrastive_loss(*outputs)
+    if args.objective == "supervised":
+        sizes = list(map(len, config["classes"].values()))
+        return lambda logits, part, weights: supervised_loss(logits, part["targets"], sizes)
+    if args.loss == "softmax":
+        return lambda logits, part, weights: superclass_loss(logits, part["labels"], weights)
+    return lambda logits, part, weights: LOSSES[args.loss](logits, part["labels"])
+
+
+def init_encoder(encoder: torch.nn.Module, path: Path, say=print):
+    """Load the encoder of a run's folder, or a state dict of timm's names, into `encoder`.
+
+    Positions for another image size are interpolated. UserError when anything else does not fit.
+    """
+    state, own = read_checkpoint(path / "encoder.pt" if path.is_dir() else path), {}
+    if isinstance(state, dict):
+        own = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not own or len(own) < len(state):
+        raise UserError(f"--init {path} is no encoder: it must hold tensors by their names alone")
+    wanted = encoder.state_dict()
+    if isinstance(encoder, ViT) and own.get("pos_embed", torch.empty(0)).ndim == 3:
+        old, new = (math.isqrt(t["pos_embed"].shape[1]) for t in (own, wanted))
+        if old != new and old * old == own["pos_embed"].shape[1]:
+            # [1, N, D] -> [1, D, n, n], a picture of D channels, to another size and back.
+            grid = own["pos_embed"].float().transpose(1, 2).unflatten(2, (old, old))
+            options = {"mode": "bicubic", "antialias": True, "align_corners": False}
+            grid = torch.nn.functional.interpolate(grid, (new, new), **options)
+            own["pos_embed"] = grid.flatten(2).transpose(1, 2)
+            say(f"init    positions of {path} interpolated from {old} x {old} to {new} x {new}")
+    wrong = [f"{key} is missing" for key in wanted.keys() - own.keys()]
+    wrong += [f"{key} is not ours" for key in own.keys() - wanted.keys()]
+    wrong += [
+        f"{key} is {tuple(own[key].shape)} and not {tuple(wanted[key].shape)}"
+        for key in wanted.keys() & own.keys()
+        if own[key].shape != wanted[key].shape
     ]
-    fused = matrices[0].device.type in ("cpu", "cuda")
+    if wrong:
+        more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise UserError(f"--init {path} does not fit: {', '.join(sorted(wrong)[:20])}{more}")
+    encoder.load_state_dict(own)
+
+
+def make_optimizer(model: torch.nn.Module, args: argparse.Namespace, say) -> torch.optim.AdamW:
+    """AdamW that decays matrices, and not the biases, norms and positions.
+
+    With --layer-decay the learning rate of each block is that much lower than of the one above it
+    (Clark et al., 2020); the patches and positions count as a block, all that follows as another.
+    """
+    groups, depth = {}, len(getattr(model.encoder, "blocks", ()))
+    for name, p in model.named_parameters():
+        if not p.requires_grad:  # a locked encoder
+            continue
+        level = 0  # what comes after the blocks
+        if args.layer_decay != 1 and re.match(r"encoder\.(?!norm)", name):
+            block = re.match(r"encoder\.blocks\.(\d+)", name)
+            level = depth - int(block[1]) if block else depth + 1
+        matrix = p.ndim >= 2 and not name.endswith("pos_embed")
+        groups.setdefault((level, not matrix), []).append(p)
+    for kind, is_other in (("matrices with", False), ("biases, norms, positions without", True)):
+        some = [p for (_, other), group in groups.items() if other == is_other for p in group]
+        say(f"params  {sum(p.numel() for p in some):,} in {len(some)} {kind} weight decay")
+    groups = [
+        {
+            "params": group,
+            "weight_decay": 0.0 if other else args.weight_decay,
+            "lr_scale": args.layer_decay**level,
+        }
+        for (level, other), group in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, args.beta2), eps=1e-6, fused=fused)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most that was allocated on the GPU so far; on others the process's peak; in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -340,7 +449,8 @@ def pick_precision(name: str, device: torch.device) -> str:
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
         features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        name = "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "fp32"
+        # AVX-512's bf16 alone does not pay for the conversions: 0.77 of fp32's speed with XS/7.
+        name = "bf16" if features.get("amx_bf16") else "fp32"
     return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[name]
 
 
@@ -404,10 +514,9 @@ class Metrics:
     """metrics.jsonl, less the lines that a killed run wrote after its last checkpoint."""
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [line for line in read_jsonl(path) if line["step"] <= step]
         self.path = path
-        publish("".join(line + "\n" for line in kept), path)
+        publish("".join(json.dumps(line) + "\n" for line in kept), path)
 
     def write(self, line: dict):
         with open(self.path, "a") as file:
@@ -416,9 +525,7 @@ class Metrics:
 
 def evaluated(folder: Path, step: int) -> bool:
     """Whether eval.jsonl has the rows of that step."""
-    path = folder / "eval.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return any(json.loads(line)["step"] == step for line in lines if line.endswith("}"))
+    return any(row["step"] == step for row in read_jsonl(folder / "eval.jsonl"))
 
 
 def warn(examples: dict[str, str], told: set[str]):
@@ -488,6 +595,13 @@ def split_batch(args: argparse.Namespace, world: int) -> tuple[int, int]:
             f"--batch-size {args.batch_size} is not a multiple of {world} processes x "
             f"{micro_batch} images"
         )
+    whole = args.objective in TWO_TOWERS or args.loss == "two_way"
+    if whole and args.batch_size != micro_batch * world:
+        what = f"--loss {args.loss}" if args.loss == "two_way" else f"--objective {args.objective}"
+        raise UserError(
+            f"{what} compares the images of a batch with each other, so it cannot be split into "
+            "micro-batches: give more processes, or a smaller --batch-size"
+        )
     return micro_batch, args.batch_size // (micro_batch * world)
 
 
@@ -499,26 +613,54 @@ def start_run(args: argparse.Namespace, device: torch.device):
         raise UserError(
             f"{args.out} holds a run already: continue it with --resume, or choose another --out"
         )
+    source, _ = open_sources(vars(args))
+    check_objective(args, source)
     try:
-        build_encoder(args.model, args.image_size)
+        encoder = build_encoder(args.model, args.image_size)
     except ValueError as error:
         raise UserError(f"--model {args.model} --image-size {args.image_size}: {error}") from None
-    source, _ = open_sources(vars(args))
-    tokenizer = load_tokenizer(args.tokenizer, source.captions(50_000))
+    if not isinstance(encoder, ViT):
+        for flag, given in {
+            "--layer-decay": args.layer_decay != 1,
+            "--grad-checkpointing": args.grad_checkpointing,
+        }.items():
+            if given:
+                raise UserError(f"{flag} is for the ViT, not for {args.model}")
+    if args.init:
+        init_encoder(encoder, Path(args.init), say=lambda *_: None)
+    tokenizer = load_tokenizer(args.tokenizer, source.captions(50_000), args.clip_vocab)
+    if getattr(tokenizer, "unknown", 0):
+        print(f"words   {tokenizer.unknown:.1%} of the captions' words are not among the labels")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be made: {error.strerror}") from None
-    write_ranks(tokenizer, args.out / "tokenizer.tiktoken")
+    save_tokenizer(tokenizer, args.out / "tokenizer.tiktoken")
     config = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
-    config |= {
-        "vocab_size": tokenizer.n_vocab,
-        "words": tokenizer._pat_str,
-        "mean": MEAN,
-        "std": STD,
-    }
-    config |= {"source": str(source), "dtype": pick_precision(args.precision, device)}
+    config |= {"classes": source.attributes}
+    config |= {"vocab_size": tokenizer.n_vocab, "mean": MEAN, "std": STD, "source": str(source)}
+    config |= {"dtype": pick_precision(args.precision, device), **tokenizer_config(tokenizer)}
     publish(json.dumps(config, indent=2) + "\n", args.out / "config.json")
+
+
+def check_objective(args: argparse.Namespace, source):
+    """UserError for flags that contradict the objective."""
+    if args.objective != "superclass" and args.loss != "softmax":
+        raise UserError(f"--loss {args.loss} is one of SuperClass: --objective {args.objective}")
+    if args.no_idf and (args.objective != "superclass" or args.loss != "softmax"):
+        raise UserError("--no-idf is for SuperClass's softmax: nothing else has IDF weights")
+    if args.objective == "lit" and not args.init:
+        raise UserError("--objective lit needs a trained encoder to lock: name a run with --init")
+    if args.objective == "supervised" and not source.attributes:
+        raise UserError(f"--objective supervised: {args.data} has no classes to train on")
+
+
+def inherit(args: argparse.Namespace, given: dict):
+    """Take model and image size from the run that --init names, where they were not given."""
+    if args.init and Path(args.init).is_dir():
+        config = read_config(Path(args.init))
+        for key in {"model", "image_size"} - given.keys():
+            setattr(args, key, config[key])
 
 
 def resume_run(args: argparse.Namespace, given: dict) -> argparse.Namespace:
@@ -549,6 +691,8 @@ def main(argv: list[str] | None = None):
         resumed = args.resume and (args.out / "config.json").exists()
         if resumed:
             args = resume_run(args, given)
+        else:
+            inherit(args, given)
         rank, world, device = start_processes(args.device)
         split_batch(args, world)
         if rank == 0 and not resumed:

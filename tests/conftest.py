@@ -87,6 +87,8 @@ TINY = [
     "2",
     "--lr",
     "1e-3",
+    "--precision",
+    "fp32",  # whatever the machine prefers: promises are kept to float32's rounding
 ]
 
 

@@ -215,6 +215,18 @@ def test_sources_that_hold_nothing_say_what_they_hold(tmp_path):
         load_source(str(tmp_path / "t.csv"), class_names="missing.txt")
 
 
+def test_swapped_captions_are_a_share_and_always_the_same(tmp_path):
+    clean, noisy = load_source("shapes"), load_source("shapes", caption_noise=0.3)
+    pairs = [(clean.raw(i), noisy.raw(i)) for i in range(300)]
+    assert all(a.targets == b.targets and a.image == b.image for a, b in pairs)
+    assert 0.2 < sum(a.caption != b.caption for a, b in pairs) / 300 < 0.4
+    assert noisy.raw(5).caption == load_source("shapes", caption_noise=0.3).raw(5).caption
+    assert "30% of them" in str(noisy) and len(noisy) == len(clean)
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(UserError, match="which shards are not"):
+        load_source(str(tmp_path), caption_noise=0.1)
+
+
 def test_torchvision_sets_without_files_or_network_say_where_they_belong(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network")

@@ -102,3 +102,11 @@ def test_a_mistake_ends_all_processes_with_its_sentence(tmp_path):
         *TORCHRUN, "train.py", "--data", "nowhere", "--out", str(tmp_path), check=False
     )
     assert failed.returncode != 0 and "error: no source 'nowhere'" in failed.stderr
+
+
+def test_two_processes_train_clip_as_one_does(pairs, tmp_path):
+    """Its loss sees the whole batch: four images here and four there are as eight in one place."""
+    flags = ["--samples", "48", "--objective", "clip", "--workers", "1"]
+    run_python(*TORCHRUN, "train.py", *train_flags(pairs, tmp_path / "two", *flags))
+    run_python("train.py", *train_flags(pairs, tmp_path / "one", *flags))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)

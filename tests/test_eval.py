@@ -10,10 +10,21 @@ import torch
 
 import eval as evaluation
 import train
-from data import UserError, caption_labels, load_source, load_tokenizer
-from eval import extract, fewshot, probe, top1, zeroshot
+from baselines import CLIP, TextTower
+from data import load_source
+from eval import (
+    LOG_PROBABILITY,
+    extract,
+    fewshot,
+    probe,
+    retrieval,
+    top1,
+    zeroshot,
+    zeroshot_by_text,
+)
 from superclass import IDF, SuperClass, ViT
 from tests.conftest import COLOURS, caption, picture, train_flags
+from tokenizer import UserError, caption_labels, caption_tokens, load_tokenizer
 
 TEXTS = ["a red star", "a blue star", "a red ball", "a green ball"]
 
@@ -58,6 +69,43 @@ def test_zeroshot_before_any_caption_is_defined(small):
     model, idf, tokenizer, features = small
     scores = zeroshot(model, IDF(len(idf.df)), tokenizer, features, [["red"], ["blue"]])
     assert torch.isfinite(scores).all()
+
+
+def test_zeroshot_of_a_head_with_sigmoids(small):
+    model, idf, tokenizer, features = small
+    with torch.no_grad():
+        log_p = torch.nn.functional.logsigmoid(model.head(model.norm(features)))
+    ids = caption_labels("red", tokenizer)
+    w = idf.weights()[ids]
+    scores = zeroshot(model, idf, tokenizer, features, [["red"]], False, LOG_PROBABILITY["bce"])
+    torch.testing.assert_close(scores[:, 0], log_p[:, ids] @ w / w.sum())
+
+
+def test_zeroshot_by_text_is_the_cosine_with_the_mean_prompt(small):
+    *_, tokenizer, features = small
+    torch.manual_seed(0)
+    model = CLIP(ViT(16, 8, 32, 1, 2), TextTower(tokenizer.n_vocab, 16, 1, 2))
+    names, prompts = [["red", "crimson"], ["blue"]], ["a {}", "one {} ball"]
+    expected = []
+    with torch.no_grad():
+        for aliases in names:
+            texts = [prompt.format(name) for name in aliases for prompt in prompts]
+            ids = [torch.tensor([caption_tokens(text, tokenizer)]) for text in texts]
+            mean = torch.cat([model.embed_texts(row) for row in ids]).mean(dim=0)
+            image = model.image_proj(features)
+            expected.append(torch.nn.functional.cosine_similarity(image, mean[None]))
+    scores = zeroshot_by_text(model, tokenizer, features, names, prompts)
+    torch.testing.assert_close(scores, torch.stack(expected, dim=1))
+
+
+def test_retrieval_counts_by_hand():
+    scores = torch.tensor([[5.0, 1, 0], [4, 3, 0], [0, 9, 1], [0, 0, 0]])
+    captions = torch.tensor([0, 1, 2, 2])
+    # Image 0 finds its caption first, 1 and 2 second, 3 not before two others that score as well.
+    # Caption 0 finds its image first; 1 finds another (9 > 3) first; 2 finds image 2 first.
+    found = retrieval(scores, captions, at=(1, 2, 3))
+    assert [found[f"i2t@{k}"] for k in (1, 2, 3)] == [0.25, 0.75, 1.0]
+    assert [found[f"t2i@{k}"] for k in (1, 2, 3)] == pytest.approx([2 / 3, 1.0, 1.0])
 
 
 def blobs(n, seed=0):
@@ -129,10 +177,10 @@ def rows(run):
 
 
 def test_training_evaluates_at_its_start_and_its_end(run):
-    assert [(row["step"], row["task"]) for row in rows(run)[:4]] == [
-        (0, "zeroshot"), (0, "probe"), (40, "zeroshot"), (40, "probe")
-    ]  # fmt: skip
-    assert rows(run)[2]["top1"] > 0.9 and rows(run)[3]["top1"] > 0.9
+    tasks = ["zeroshot", "probe", "fewshot"]
+    expected = [(0, task) for task in tasks] + [(40, task) for task in tasks]
+    assert [(row["step"], row["task"]) for row in rows(run)[:6]] == expected
+    assert all(row["top1"] > 0.9 for row in rows(run)[3:6])
 
 
 @pytest.mark.parametrize("task", ["zeroshot", "probe", "fewshot"])
@@ -156,6 +204,48 @@ def test_features_do_not_depend_on_batches(run):
     assert a.shape == (60, 128) and y.shape == (60, 1)
 
 
+def test_retrieval_from_the_head(run, capsys):
+    before = rows(run)
+    evaluation.main(["retrieval", str(run), "--workers", "0", "--limit", "30"])
+    (row,) = rows(run)[len(before) :]
+    assert row["images"] == 30 and row["captions"] == 15 and "i2t@1" in capsys.readouterr().out
+    assert row["i2t@5"] > 0.6  # five of fifteen captions have the right colour: by chance, a third
+
+
+def fake_run(folder, seed, top1, **flags):
+    """A finished run as `table` sees it."""
+    folder.mkdir(parents=True)
+    config = {"seed": seed, "lr": 1e-3, "samples": 20, "batch_size": 10, "loss": "bce", **flags}
+    (folder / "config.json").write_text(json.dumps(config))
+    line = {"step": 1, "step_s": 30.0, "images_per_s": 5.0, "peak_mb": 100.0}
+    lines = [line, line | {"step": 2, "step_s": 60.0, "images_per_s": 7.0, "peak_mb": 120.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"step": 2, "task": "probe", "attribute": "class", "top1": top1}
+    rows = [row | {"step": 0, "top1": 0.0}, row]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_table_has_mean_and_deviation_over_seeds(tmp_path, capsys):
+    runs = [fake_run(tmp_path / f"bce-{seed}", seed, 0.5 + seed / 10) for seed in (1, 2, 3)]
+    runs.append(fake_run(tmp_path / "alone", 7, 0.25))
+    evaluation.main(["table", *map(str, runs)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| run | lr | seeds | probe | minutes | images/s | peak MB |"
+    assert lines[2] == "| bce | 0.001 | 3 | 0.700 ± 0.100 | 1.5 | 6 | 120 |"
+    assert lines[3] == "| alone | 0.001 | 1 | 0.250 | 1.5 | 6 | 120 |"
+
+
+def test_table_refuses_what_is_not_one_row(tmp_path, capsys):
+    one, other = fake_run(tmp_path / "a-1", 1, 0.5), fake_run(tmp_path / "b" / "a-2", 2, 0.5, lr=2)
+    assert "'a' are not one: they differ in lr" in refused(capsys, "table", one, other)
+    twin = fake_run(tmp_path / "c" / "a-1", 1, 0.5)
+    assert "a seed occurs twice" in refused(capsys, "table", one, twin)
+    (one / "metrics.jsonl").write_text("")
+    assert f"{one} is not finished" in refused(capsys, "table", one)
+    assert "takes one run, and 2 were named" in refused(capsys, "probe", one, twin)
+
+
 def refused(capsys, *flags):
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(flag) for flag in flags])
@@ -169,6 +259,7 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path, pairs):
     assert "no validation data" in refused(capsys, "probe", run, "--data", pairs)
     assert "has no classes" in refused(capsys, "zeroshot", run, "--val-data", pairs)
     assert "other classes" in refused(capsys, "probe", run, "--val-data", "shapes")
+    assert "needs {}" in refused(capsys, "zeroshot", run, "--prompt", "a photo")
     names = tmp_path / "names.txt"
     names.write_text("red\ngreen\nquixotic\nblue")
     with pytest.raises(SystemExit):

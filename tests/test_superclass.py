@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from superclass import IDF, SuperClass, ViT, as_sets, build_encoder, superclass_loss
 
@@ -207,6 +209,22 @@ def test_any_encoder_that_gives_tokens_fits():
     model = SuperClass(Convolution(), 30)
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 30)
     assert model.features(torch.randn(2, 3, 16, 16)).shape == (2, 12)
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet50", 2048), ("convnext_tiny", 768)])
+def test_torchvisions_networks_give_tokens_and_keep_their_names(name, width):
+    torch.manual_seed(0)
+    network, images = torchvision.models.get_model(name).eval(), torch.randn(2, 3, 64, 64)
+    model = SuperClass(build_encoder(name, 64), 30).eval()
+    missing, unexpected = network.load_state_dict(model.encoder.state_dict(), strict=False)
+    assert unexpected == [] and all(key.startswith(("fc.", "classifier.")) for key in missing)
+    with torch.no_grad():
+        tokens = model.encoder(images)
+        assert tokens.shape == (2, 4, width) and model(images).shape == (2, 30)
+        maps = create_feature_extractor(network, {"avgpool": "pooled"})(images)["pooled"]
+        torch.testing.assert_close(tokens.mean(dim=1), maps.flatten(1))
+    with pytest.raises(ValueError, match="32 px or more"):
+        build_encoder(name, 28)
 
 
 def test_encoder_refuses_what_does_not_fit():

@@ -7,13 +7,24 @@ import shutil
 import signal
 
 import pytest
+import timm
 import torch
 
 import train
+from eval import read_jsonl
 from superclass import SuperClass, build_encoder
-from tests.conftest import caption, encoded, make_pairs, picture, run_python, train_flags
+from tests.conftest import (
+    COLOURS,
+    TINY,
+    caption,
+    encoded,
+    make_pairs,
+    picture,
+    run_python,
+    train_flags,
+)
 
-TIMES = {"images_per_s", "step_s", "data_s"}
+TIMES = {"images_per_s", "step_s", "data_s", "peak_mb"}
 
 
 def metrics(run):
@@ -136,6 +147,128 @@ def test_a_compiled_model_saves_plain_keys(finished, tmp_path, monkeypatch):
         train_flags(pairs, tmp_path / "run", "--samples", "96", "--workers", "0", "--compile")
     )
     assert_same(state(tmp_path / "run")["model"], state(run)["model"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Other objectives, and encoders from elsewhere.
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A folder of 24 pictures with captions, in three folders of classes."""
+    folder = tmp_path_factory.mktemp("classes")
+    for i in range(24):
+        place = folder / list(COLOURS)[i % 3]
+        place.mkdir(exist_ok=True)
+        picture(i).save(place / f"{i:03d}.png")
+        (place / f"{i:03d}.txt").write_text(caption(i))
+    return folder
+
+
+OBJECTIVES = [["--loss", name] for name in train.LOSSES]
+OBJECTIVES += [["--objective", "clip"], ["--objective", "supervised"]]
+OBJECTIVES += [["--tokenizer", "words:6", "--drop-stopwords"], ["--caption-noise", "0.5"]]
+
+
+@pytest.mark.parametrize("flags", OBJECTIVES, ids="-".join)
+def test_objectives_learn_and_are_evaluated(classes, tmp_path, flags):
+    run = tmp_path / "run"
+    more = ["--val-data", str(classes), "--samples", "160", "--workers", "0", "--no-first-eval"]
+    train.main(train_flags(classes, run, *more, "--lr", "3e-3", *flags))
+    lines = metrics(run)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    rows = read_jsonl(run / "eval.jsonl")
+    task = "head" if "supervised" in flags else "zeroshot"
+    assert [(row["step"], row["task"]) for row in rows] == [(20, task), (20, "probe")]
+    noisy = "--caption-noise" in flags
+    assert rows[1]["top1"] > 0.9 and (rows[0]["top1"] > 0.6 or noisy)
+
+
+def test_lit_leaves_its_encoder_as_it_was(classes, tmp_path):
+    """Model and image size come from the run; the encoder that is saved is the one that came."""
+    flags = ["--samples", "16", "--workers", "0"]
+    train.main(train_flags(classes, tmp_path / "first", *flags, "--image-size", "48"))
+    flags = [*TINY[2:], "--data", str(classes), "--objective", "lit", "--workers", "0"]
+    flags += ["--init", str(tmp_path / "first"), "--samples", "40", "--weight-decay", "0.5"]
+    train.main([*flags, "--out", str(tmp_path / "lit")])
+    assert metrics(tmp_path / "lit")[-1]["loss"] < metrics(tmp_path / "lit")[0]["loss"]
+    encoders = [
+        torch.load(tmp_path / run / "encoder.pt", weights_only=True) for run in ("first", "lit")
+    ]
+    assert_same(*encoders)
+    shutil.rmtree(tmp_path / "first")  # a resumed run needs only its own folder
+    train.main(["--out", str(tmp_path / "lit"), "--resume"])
+
+
+def test_an_encoder_of_timms_is_taken_over_and_its_positions_interpolated(classes, tmp_path):
+    """A random ViT-S/16 of timm's for 224 px: the same features at 224, and a start at 160."""
+    torch.manual_seed(0)
+    options = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
+    theirs = timm.create_model("vit_small_patch16_224", **options).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pt")
+    ours = build_encoder("S/16", 224).eval()
+    train.init_encoder(ours, tmp_path / "timm.pt")
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images).mean(dim=1), theirs(images), atol=1e-5, rtol=1e-5)
+
+    flags = ["--model", "S/16", "--image-size", "160", "--samples", "2", "--batch-size", "2"]
+    flags += ["--workers", "0", "--init", str(tmp_path / "timm.pt"), "--lr", "0"]
+    train.main(train_flags(classes, tmp_path / "run", *flags))
+    encoder = torch.load(tmp_path / "run" / "encoder.pt", weights_only=True)
+    peer = timm.layers.resample_abs_pos_embed(
+        theirs.pos_embed, new_size=[10, 10], num_prefix_tokens=0, antialias=True
+    )
+    torch.testing.assert_close(encoder["pos_embed"], peer)
+    assert torch.equal(encoder["blocks.3.mlp.fc1.weight"], theirs.blocks[3].mlp.fc1.weight)
+
+
+def test_an_encoder_that_does_not_fit_is_refused_with_its_keys(capsys, classes, tmp_path):
+    encoder = build_encoder("XS/16", 32).state_dict()
+    flags = train_flags(classes, tmp_path / "run", "--init", str(tmp_path / "encoder.pt"))
+    for change, message in (
+        ({"cls_token": torch.zeros(1, 1, 128)}, "cls_token is not ours"),
+        ({"norm.bias": None}, "norm.bias is missing"),
+        ({"norm.weight": torch.zeros(7)}, "norm.weight is (7,) and not (128,)"),
+        ({"pos_embed": torch.zeros(1, 5, 128)}, "pos_embed is (1, 5, 128) and not (1, 4, 128)"),
+    ):
+        state = {key: value for key, value in (encoder | change).items() if value is not None}
+        torch.save(state, tmp_path / "encoder.pt")
+        assert message in refused(capsys, *flags)
+    torch.save({"step": 3}, tmp_path / "encoder.pt")
+    assert "is no encoder" in refused(capsys, *flags)
+    assert "no checkpoint" in refused(capsys, *flags, "--init", tmp_path / "nothing.pt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_layer_decay_lowers_the_rate_from_block_to_block():
+    args = train.make_parser().parse_args(["--layer-decay", "0.5"])
+    model = SuperClass(build_encoder("XS/16", 32), 50)
+    groups = train.make_optimizer(model, args, lambda *_: None).param_groups
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    rates = {name: scales[id(p)] for name, p in model.named_parameters()}
+    assert rates["head.weight"] == rates["norm.bias"] == rates["encoder.norm.weight"] == 1
+    assert rates["encoder.blocks.3.norm1.bias"] == rates["encoder.blocks.3.mlp.fc1.weight"] == 0.5
+    assert rates["encoder.blocks.0.attn.qkv.weight"] == 0.5**4
+    assert rates["encoder.pos_embed"] == rates["encoder.patch_embed.proj.bias"] == 0.5**5
+
+
+def test_flags_that_contradict_the_objective_are_refused(capsys, classes, pairs, tmp_path):
+    for flags, message in (
+        (["--objective", "lit"], "name a run with --init"),
+        (["--objective", "clip", "--loss", "bce"], "--loss bce is one of SuperClass"),
+        (["--loss", "bce", "--no-idf"], "nothing else has IDF weights"),
+        (["--objective", "clip", "--micro-batch", "4"], "cannot be split into micro-batches"),
+        (["--loss", "two_way", "--micro-batch", "4"], "cannot be split into micro-batches"),
+        (["--model", "resnet50", "--layer-decay", "0.5"], "--layer-decay is for the ViT"),
+        (["--model", "resnet50", "--grad-checkpointing"], "--grad-checkpointing is for the ViT"),
+        (["--model", "resnet50", "--image-size", "24"], "32 px or more"),
+        (["--tokenizer", "words:5000"], "hold only"),
+    ):
+        assert message in refused(capsys, *train_flags(classes, tmp_path / "run", *flags))
+    flags = train_flags(pairs, tmp_path / "run", "--objective", "supervised")
+    assert "has no classes to train on" in refused(capsys, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""The other losses and CLIP against dense float64 versions, peers, and themselves on two ranks."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+
+import baselines
+from baselines import CLIP, LOSSES, TextTower, contrastive_loss, supervised_loss
+from superclass import ViT
+
+B, K, V = 7, 6, 23
+
+
+@pytest.fixture
+def labels():
+    """Sets with repeats and padding; one caption of a single token, one token in every caption."""
+    torch.manual_seed(1)
+    labels = torch.randint(-1, V, (B, K))
+    labels[3] = 5
+    labels[:, 0] = 5
+    return labels
+
+
+def dense(labels):
+    """Labels as K-hot rows [B, V], float64."""
+    y = torch.zeros(len(labels), V, dtype=torch.float64)
+    for row, tokens in zip(y, labels.tolist(), strict=True):
+        for token in tokens:
+            if token >= 0:
+                row[token] = 1
+    return y
+
+
+def dense_bce(x, y):
+    p = torch.sigmoid(x)
+    return -(y * p.log() + (1 - y) * (1 - p).log()).sum() / len(x)
+
+
+def dense_soft_margin(x, y):
+    return (1 + torch.exp(-(2 * y - 1) * x)).log().mean()
+
+
+def dense_asl(x, y):
+    p = torch.sigmoid(x)
+    q = torch.clamp(p - 0.05, min=0)
+    return -(y * p.log() + (1 - y) * q**4 * (1 - q).log()).sum() / len(x)
+
+
+def dense_two_way(x, y):
+    """Each image, then each token, on its own."""
+    total = 0.0
+    for scores, truth in ((x, y), (x.T, y.T)):
+        values = []
+        for row, here in zip(scores, truth, strict=True):
+            if here.sum() == 0:
+                continue
+            others = row[here == 0].exp().sum()
+            values.append((1 + others * (-row[here == 1] / 4).exp().sum() ** 4).log())
+        total = total + torch.stack(values).mean()
+    return total
+
+
+DENSE = {
+    "bce": dense_bce,
+    "soft_margin": dense_soft_margin,
+    "asl": dense_asl,
+    "two_way": dense_two_way,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_losses_equal_dense_float64(labels, name, scale):
+    torch.manual_seed(2)
+    x = torch.randn(B, V) * scale
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    loss, expected = LOSSES[name](ours, labels), DENSE[name](theirs, dense(labels))
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_agree_with_torchs_own(labels):
+    x, y = torch.randn(B, V), dense(labels).float()
+    peer = torch.nn.MultiLabelSoftMarginLoss()(x, y)
+    torch.testing.assert_close(LOSSES["soft_margin"](x, labels), peer)
+    peer = F.binary_cross_entropy_with_logits(x, y, reduction="sum") / B
+    torch.testing.assert_close(LOSSES["bce"](x, labels), peer)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_extreme_logits_are_finite(labels, name):
+    for x in (torch.full((B, V), 80.0), torch.full((B, V), -80.0)):
+        x = x.requires_grad_()
+        LOSSES[name](x, labels).backward()
+        assert torch.isfinite(x.grad).all()
+
+
+def test_supervised_loss_is_the_mean_over_attributes():
+    logits, targets = torch.randn(4, 5), torch.tensor([[0, 1], [1, 2], [1, -1], [0, 0]])
+    known = F.cross_entropy(logits[[0, 1, 3], 2:], targets[[0, 1, 3], 1]) * 3 / 4
+    expected = (F.cross_entropy(logits[:, :2], targets[:, 0]) + known) / 2
+    torch.testing.assert_close(supervised_loss(logits, targets, [2, 3]), expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# CLIP.
+
+
+def tiny_clip(locked=False):
+    torch.manual_seed(0)
+    return CLIP(ViT(16, 8, 32, 2, 2), TextTower(V, 24, 2, 2, max_tokens=K), locked)
+
+
+def test_a_text_sees_neither_padding_nor_the_batch():
+    tower = tiny_clip().text
+    short, long = torch.tensor([[3, 4, -1, -1, -1, -1]]), torch.tensor([[3, 4, 5, 6, 7, 8]])
+    both = tower(torch.cat([short, long]))
+    torch.testing.assert_close(both[:1], tower(short[:, :2]))
+    torch.testing.assert_close(both[1:], tower(long))
+    assert (tower(torch.tensor([[4, 3]])) - both[:1]).abs().max() > 1e-3  # order counts
+
+
+def test_a_token_sees_only_those_before_it():
+    attention = baselines.CausalAttention(24, 2)
+    x = torch.randn(1, 5, 24)
+    changed = x.clone()
+    changed[:, 3:] += 1
+    torch.testing.assert_close(attention(x)[:, :3], attention(changed)[:, :3])
+
+
+def test_contrastive_loss_is_openclips():
+    images = F.normalize(torch.randn(9, 16), dim=1).requires_grad_()
+    texts = F.normalize(torch.randn(9, 16), dim=1).requires_grad_()
+    scale = torch.tensor(12.0, requires_grad=True)
+    ours = torch.autograd.grad(contrastive_loss(images, texts, scale), (images, texts, scale))
+    theirs = torch.autograd.grad(ClipLoss()(images, texts, scale), (images, texts, scale))
+    torch.testing.assert_close(
+        contrastive_loss(images, texts, scale), ClipLoss()(images, texts, scale)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_scale_stays_below_a_hundred_and_can_come_back():
+    model = tiny_clip()
+    with torch.no_grad():
+        model.log_scale.fill_(9.0)
+    images, texts, scale = model(torch.randn(3, 3, 16, 16), torch.tensor([[1], [2], [3]]))
+    assert scale.item() == pytest.approx(100, rel=1e-5)
+    contrastive_loss(images, texts, scale).backward()
+    assert model.log_scale.grad.abs() > 0
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(3))
+
+
+def test_a_locked_encoder_gets_no_gradient():
+    model = tiny_clip(locked=True).train()
+    contrastive_loss(*model(torch.randn(4, 3, 16, 16), torch.randint(V, (4, 3)))).backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
+    assert model.image_proj.weight.grad is not None and not model.encoder.training
+
+
+def test_clip_starts_near_log_batch():
+    """With unrelated towers each of B texts is about as likely; a sharp scale adds some spread."""
+    model = tiny_clip()
+    with torch.no_grad():
+        model.log_scale.zero_()  # without that spread
+        loss = contrastive_loss(*model(torch.randn(32, 3, 16, 16), torch.randint(V, (32, K))))
+    assert loss.item() == pytest.approx(math.log(32), abs=0.1)
+
+
+def one_rank(rank: int, world: int, path: str, queue):
+    """A rank's gradients of CLIP and of the two-way loss, averaged as DDP does."""
+    torch.set_num_threads(1)
+    if world > 1:
+        store = f"file://{path}"
+        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world)
+    torch.manual_seed(3)
+    images, tokens = torch.randn(8, 3, 16, 16), torch.randint(V, (8, K))
+    logits = torch.randn(8, V, requires_grad=True)
+    mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    model = tiny_clip()
+    loss = contrastive_loss(*model(images[mine], tokens[mine]))
+    two_way = LOSSES["two_way"](logits[mine], tokens[mine])
+    (loss + two_way).backward()
+    values = [torch.stack([loss.detach(), two_way.detach()]), logits.grad]
+    values += [p.grad for p in model.parameters()]
+    for value in values:
+        if world > 1:
+            torch.distributed.all_reduce(value)
+            value /= world
+    if rank == 0:
+        queue.put([value.numpy() for value in values])
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
+    context, results = mp.get_context("spawn"), []
+    for world in (1, 2):
+        queue = context.Queue()
+        ranks = [
+            context.Process(target=one_rank, args=(rank, world, str(tmp_path / "store"), queue))
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        results.append(queue.get(timeout=120))
+        for process in ranks:
+            process.join()
+            assert process.exitcode == 0
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-4, atol=1e-6)
