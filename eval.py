@@ -518,7 +518,8 @@ def table(folders: list[Path]) -> str:
     columns = []  # in the order in which they are first met
     for runs in groups.values():
         for _, scores in runs:
-            columns += [column for column in scores if column not in columns]
+            columns += [column for column in scores if column not in (*columns, *COSTS)]
+    columns += COSTS
     lines = [f"| run | lr | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
     for name, runs in groups.items():
         configs = [{**config, "seed": None, **MACHINE} for config, _ in runs]
@@ -535,12 +536,14 @@ def table(folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
+COSTS = ("minutes", "images/s", "peak MB")
+# Flags that may differ between the runs of a row.
 MACHINE = dict.fromkeys(["workers", "device", "save_every", "log_every", "clip_vocab", "dtype"])
 
 
 def cell(column: str, values: list[float]) -> str:
     """Mean ± deviation; of times and the like, which no two machines share, the median."""
-    if column in ("minutes", "images/s", "peak MB"):
+    if column in COSTS:
         return f"{statistics.median(values):.{1 if column == 'minutes' else 0}f}"
     mean, deviation = mean_and_deviation(values)
     return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
@@ -552,7 +555,7 @@ def finished(folder: Path, config: dict) -> dict[str, float]:
     steps = math.ceil(config["samples"] / config["batch_size"])
     if not metrics or metrics[-1]["step"] < steps:
         raise UserError(f"{folder} is not finished: continue it with --out {folder} --resume")
-    scores, several = {}, len({row.get("attribute") for row in rows}) > 1
+    scores, several = {}, len({row["attribute"] for row in rows if "attribute" in row}) > 1
     for row in (row for row in rows if row["step"] == steps):
         task = task_name(row) + (f" {row['attribute']}" if several and "attribute" in row else "")
         found = {key: value for key, value in row.items() if "@" in key}
