@@ -507,13 +507,15 @@ def task_name(row: dict) -> str:
 def table(folders: list[Path]) -> str:
     """A Markdown table of finished runs, mean ± deviation over those that differ in their seed.
 
-    The name of a row is that of the folders, less a last "-SEED". Time is that of training alone,
-    without evaluation, peak memory that of the process.
+    A row has the name of its folders, less a last "-SEED", which --init may have too. Time is that
+    of training alone, without evaluation, peak memory that of the process.
     """
     groups = {}
     for folder in folders:
         config = read_config(folder)
-        name = folder.resolve().name.removesuffix(f"-{config['seed']}")
+        ending = f"-{config['seed']}"
+        name = folder.resolve().name.removesuffix(ending)
+        config["init"] = config["init"] and config["init"].rstrip("/").removesuffix(ending)
         groups.setdefault(name, []).append((config, finished(folder, config)))
     columns = []  # in the order in which they are first met
     for runs in groups.values():

@@ -216,6 +216,7 @@ def fake_run(folder, seed, top1, **flags):
     """A finished run as `table` sees it."""
     folder.mkdir(parents=True)
     config = {"seed": seed, "lr": 1e-3, "samples": 20, "batch_size": 10, "loss": "bce", **flags}
+    config["init"] = f"runs/first-{seed}"
     (folder / "config.json").write_text(json.dumps(config))
     line = {"step": 1, "step_s": 30.0, "images_per_s": 5.0, "peak_mb": 100.0}
     lines = [line, line | {"step": 2, "step_s": 60.0, "images_per_s": 7.0, "peak_mb": 120.0}]
