@@ -206,8 +206,8 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
     view = Augment(args.image_size, args.min_scale, args.flip, args.color_jitter, args.grayscale)
     encode = caption_tokens if args.objective in TWO_TOWERS else caption_labels
     encode = functools.partial(encode, without_stopwords=args.drop_stopwords)
-    captions = tokenizer if args.objective != "supervised" else None
-    prepare = Prepare(view, captions, args.seed, encode)
+    read_captions = args.objective != "supervised"  # such data may have classes alone
+    prepare = Prepare(view, tokenizer if read_captions else None, args.seed, encode)
     loss_of = make_loss(args, config)
     begin = Start(start * B, first_pass, places)
     dataset = TrainStream(train_source, prepare, args.seed, micro_batch, rank, world, begin)
@@ -273,9 +273,8 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
                 part["images"] = part["images"].to(device, non_blocking=True)
                 part["labels"] = part["labels"].to(device, non_blocking=True)
                 part["targets"] = part["targets"].to(device, non_blocking=True)
-                idf.update(
-                    part["labels"]
-                )  # the last sum over processes runs beside the forward pass
+                # The last sum over processes runs beside the forward pass.
+                idf.update(part["labels"])
 
             loss = 0.0
             for i, part in enumerate(batch):
@@ -285,7 +284,8 @@ def train(args: argparse.Namespace, config: dict, rank: int, world: int, device:
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         outputs = forward(normalize(part["images"]), *captions)
                     if i == 0:
-                        weights = torch.ones_like(idf.weights()) if args.no_idf else idf.weights()
+                        weights = idf.weights()
+                        weights = torch.ones_like(weights) if args.no_idf else weights
                     part_loss = loss_of(outputs, part, weights) / accumulation
                     scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()
