@@ -515,7 +515,6 @@ def table(folders: list[Path]) -> str:
         config = read_config(folder)
         ending = f"-{config['seed']}"
         name = folder.resolve().name.removesuffix(ending)
-        config["init"] = config["init"] and config["init"].rstrip("/").removesuffix(ending)
         groups.setdefault(name, []).append((config, finished(folder, config)))
     columns = []  # in the order in which they are first met
     for runs in groups.values():
@@ -524,12 +523,8 @@ def table(folders: list[Path]) -> str:
     columns += COSTS
     lines = [f"| run | lr | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
     for name, runs in groups.items():
-        configs = [{**config, "seed": None, **MACHINE} for config, _ in runs]
-        differ = sorted({key for c in configs for key in c if c[key] != configs[0].get(key)})
-        if differ:
-            raise UserError(f"the runs '{name}' are not one: they differ in {', '.join(differ)}")
-        if len({config["seed"] for config, _ in runs}) < len(runs):
-            raise UserError(f"the runs '{name}' are not several: a seed occurs twice")
+        configs = [config for config, _ in runs]
+        refuse_if_different(name, configs)
         cells = [name, f"{configs[0]['lr']:g}", str(len(runs))]
         for column in columns:
             values = [scores[column] for _, scores in runs if column in scores]
@@ -541,6 +536,20 @@ def table(folders: list[Path]) -> str:
 COSTS = ("minutes", "images/s", "peak MB")
 # Flags that may differ between the runs of a row.
 MACHINE = dict.fromkeys(["workers", "device", "save_every", "log_every", "clip_vocab", "dtype"])
+
+
+def refuse_if_different(name: str, configs: list[dict]):
+    """UserError unless the runs of a mean differ in their seed, and in nothing else that counts."""
+    seeds = {config["seed"] for config in configs}
+    plain = []
+    for config in configs:
+        init = (config["init"] or "").rstrip("/").removesuffix(f"-{config['seed']}")
+        plain.append({**config, "seed": None, "init": init, **MACHINE})
+    differ = sorted({key for c in plain for key in c if c[key] != plain[0].get(key)})
+    if differ:
+        raise UserError(f"the runs '{name}' are not one: they differ in {', '.join(differ)}")
+    if len(seeds) < len(configs):
+        raise UserError(f"the runs '{name}' are not several: a seed occurs twice")
 
 
 def cell(column: str, values: list[float]) -> str:

@@ -3,14 +3,12 @@
     python show.py words RUN [IMAGE ...] [--data SPEC] [--word "red circle"] [--lift]
     python show.py search RUN "a red star" [TEXT ...] --data SPEC
     python show.py curves RUN [RUN ...]
+    python show.py scaling RUN [RUN ...]
     python show.py data SPEC
 
-Each command draws one PNG (--out) and, but for `curves`, prints its figures with --json. Runs and
-sources are read and never changed; the features that `search` needs are kept in the user's cache.
-
-The head is linear and the pooled vector a mean, so that the logit of any word is a sum over the
-patches, exactly: `word_shares` splits it at the encoder's output, where attention has already mixed
-the patches, and `input_shares` at its input, where a patch is still what it shows.
+Each command draws one PNG (--out); `words`, `search` and `data` print their figures with --json.
+Runs and sources are read and never changed; the features that `search` needs are kept in the user's
+cache.
 
 Letters in the shapes:  B images, N patches, S image size, D width, V vocabulary, Q texts.
 """
@@ -32,10 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from data import (
@@ -60,17 +56,22 @@ from data import (
     tell_skipped,
 )
 from eval import (
+    COSTS,
     Run,
+    finished,
     load_run,
+    mean_and_deviation,
     pick_device,
     positive,
     read_checkpoint,
     read_config,
     read_jsonl,
+    refuse_if_different,
     task_name,
     token_bags,
 )
-from superclass import IDF, SuperClass
+from shares import SHARES
+from superclass import IDF
 from tokenizer import (
     ClipTokenizer,
     UserError,
@@ -79,103 +80,6 @@ from tokenizer import (
     caption_tokens,
     load_tokenizer,
 )
-
-# ------------------------------------------------------------------------------------------------
-# From a logit to the patches.
-
-
-@torch.inference_mode()
-def word_shares(model: SuperClass, images: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Each patch's exact share of a logit, split where the head reads: the encoder's output.
-
-    Let z_n be the encoder's N tokens (its own last norm included), p = 1/N sum of z_n what the head
-    gets, m and s the mean and the deviation of p's D numbers, and w, b a row of the head. Then
-
-        logit = w . (gamma (p - m) / s + beta) + b
-              = sum over n of  1/N w . gamma (z_n - mean of z_n) / s    +    w . beta + b
-
-    because m is the mean over n of the means of z_n: with the image's own s, the norm is linear.
-    What is left over, w . beta + b, belongs to no patch. A weighted sum of logits splits likewise.
-    It is computed in float32 from whatever the encoder gives, under autocast too.
-
-    Args:
-        images: [B, 3, S, S], normalised.
-        token_weights: [V] or [B, V]: the logits to split, such as a one at a single token.
-    Returns:
-        shares [B, N] and the constants [B]; together they sum to the weighted logits.
-    """
-    z = model.encoder(images).float()  # [B, N, D]
-    with torch.autocast(images.device.type, enabled=False):
-        w = token_weights.float() @ model.head.weight.float()  # [D] or [B, D]
-        deviation = (z.mean(dim=1).var(dim=1, correction=0) + model.norm.eps).sqrt()  # [B]
-        centred = (z - z.mean(dim=2, keepdim=True)) / deviation[:, None, None]  # [B, N, D]
-        shares = (centred * (w * model.norm.weight).unsqueeze(-2)).sum(dim=2) / z.shape[1]
-        constant = w @ model.norm.bias.float() + token_weights.float() @ model.head.bias.float()
-    return shares, constant.expand(len(z))
-
-
-def input_shares(model: SuperClass, images: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Each patch's share of a logit, split where it comes from: the pixels.
-
-    With the attention, the deviations in the norms and the gates of the GELUs held at the values
-    that they have for this image (`Held`), the whole model is linear in its pixels: a logit is then
-    a sum over pixels, gradient x pixel, and a rest from biases and positions. That sum is exact
-    too, but conditional: it does not say what would happen to the attention without the patch.
-    A pixel of the data's mean colour is zero, and has no share.
-
-    Of a convolutional encoder this holds with ReLU, max pooling and batch norm as they are.
-
-    Args, returns: as those of `word_shares`; N squares of pixels, a token's each. Always float32.
-    """
-    pixels = images.detach().float().requires_grad_()
-    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), Held():
-        tokens = model.encoder(pixels)  # [B, N, D]
-        logits = model.head(model.norm(tokens.mean(dim=1)))  # [B, V]
-        chosen = (logits * token_weights).sum(dim=1)  # [B]
-        (gradient,) = torch.autograd.grad(chosen.sum(), pixels)
-    by_pixel = (gradient * pixels).sum(dim=1).detach()  # [B, S, S]
-    side, size = math.isqrt(tokens.shape[1]), images.shape[-1]
-    rows = F.one_hot(torch.arange(size, device=images.device) * side // size).float()  # [S, side]
-    shares = (rows.T @ by_pixel @ rows).flatten(1)  # [B, N]
-    return shares, chosen.detach() - shares.sum(dim=1)
-
-
-class Held(TorchFunctionMode):
-    """Within it, layer norm, GELU and attention are linear in their input: factors are constants.
-
-    Values stay the same; gradients are those of the linear map.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        function = self.LINEAR.get(function, function)
-        return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
-        dims = tuple(range(-len(shape), 0))
-        centred = x - x.mean(dims, keepdim=True)
-        x = centred * (centred.detach().square().mean(dims, keepdim=True) + eps).rsqrt()
-        x = x if weight is None else x * weight
-        return x if bias is None else x + bias
-
-    @staticmethod
-    def gelu(x, **kwargs):
-        gate = F.gelu(x.detach(), **kwargs) / x.detach()
-        return x * gate.nan_to_num(0.5)  # 0 / 0 at zero
-
-    @staticmethod
-    def attention(q, k, v):
-        scores = q.detach() @ k.detach().transpose(-1, -2) * q.shape[-1] ** -0.5
-        return scores.softmax(dim=-1) @ v
-
-    LINEAR = {
-        F.layer_norm: layer_norm,
-        F.gelu: gelu,
-        F.scaled_dot_product_attention: attention,
-    }
-
-
-SHARES = {"input": input_shares, "output": word_shares}
 
 # ------------------------------------------------------------------------------------------------
 # Words.
@@ -415,12 +319,7 @@ def open_source(args: argparse.Namespace, config: dict):
 
 
 def show_words(args: argparse.Namespace) -> dict:
-    """For each image its top words, and for some words where they come from.
-
-    With --contrast the average word, each by its probability, is subtracted from a word. A softmax
-    does not change when all logits do, so what speaks for all words alike speaks for none; and the
-    log-probability is this difference less the entropy of the image's words, exactly.
-    """
+    """For each image its top words, and for some words where they come from."""
     run = load(args.run, args.device)
     asked = [(text, word_weights(run, text)) for text in args.word or ()]
     source = open_files(args.image) if args.image else open_source(args, run.config)
@@ -436,15 +335,13 @@ def show_words(args: argparse.Namespace) -> dict:
         for text, weights in asked or [
             (word.text, word_weights(run, word.text, word.ids)) for word in words[: args.maps]
         ]:
-            split = weights - logits.softmax(dim=0) if args.contrast else weights
-            shares, constant = SHARES[args.at](run.model, images, split)
+            shares, constant = SHARES[args.at](run.model, images, weights)
             p = (weights @ probabilities(run, logits).clamp(min=1e-30).log()).exp().item()
-            found = {"word": text, "probability": p, "logit": (split @ logits).item()}
+            found = {"word": text, "probability": p, "logit": (weights @ logits).item()}
             found |= {"constant": constant.item(), "shares": shares[0].tolist()}
             rows[-1]["maps"].append(found)
     save(draw_words(args, samples, rows), args.out)
-    result = {"run": str(args.run), "step": run.step, "at": args.at, "contrast": args.contrast}
-    return result | {"images": rows}
+    return {"run": str(args.run), "step": run.step, "at": args.at, "images": rows}
 
 
 def draw_words(args: argparse.Namespace, samples: list[Sample], rows: list[dict]) -> Image.Image:
@@ -619,21 +516,32 @@ def show_search(args: argparse.Namespace) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
-# show.py curves
+# show.py curves, show.py scaling
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 CURVES = {"loss": "loss", "lr": "learning rate", "images_per_s": "images a second"}
 
 
-def show_curves(args: argparse.Namespace):
-    """Loss, learning rate, speed and evaluation of runs over the samples seen."""
+def plotter():
+    """matplotlib, drawing into files; it is no requirement of the rest."""
     try:
-        import matplotlib
+        import matplotlib.pyplot
     except ImportError:
         raise UserError("curves are drawn by matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    return matplotlib
 
+
+def save_figure(figure, path: Path):
+    try:
+        figure.savefig(path, format="png", dpi=100)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}") from None
+
+
+def show_curves(args: argparse.Namespace):
+    """Loss, learning rate, speed and evaluation of runs over the samples seen."""
+    matplotlib = plotter()
     panels = {title: {} for title in CURVES.values()}  # panel -> number of the run -> points
     for r, folder in enumerate(args.run):
         batch_size, lines = read_config(folder)["batch_size"], read_jsonl(folder / "metrics.jsonl")
@@ -648,7 +556,7 @@ def show_curves(args: argparse.Namespace):
                 points = panels.setdefault(title, {}).setdefault(r, [])
                 points.append((row["step"] * batch_size, value))
     height = 2.2 * math.ceil(len(panels) / 3) + 0.6
-    figure, axes = pyplot.subplots(math.ceil(len(panels) / 3), 3, figsize=(9, height))
+    figure, axes = matplotlib.pyplot.subplots(math.ceil(len(panels) / 3), 3, figsize=(9, height))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, runs) in zip(axes.flat, panels.items(), strict=False):
@@ -662,15 +570,57 @@ def show_curves(args: argparse.Namespace):
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-    lines = [pyplot.Line2D([], [], color=COLOURS[r % 7]) for r in range(len(args.run))]
+    lines = [matplotlib.lines.Line2D([], [], color=COLOURS[r % 7]) for r in range(len(args.run))]
     figure.legend(lines, map(str, args.run), loc="lower center", ncols=3, fontsize=9)
     figure.text(0.5, 0.38 / height, "images seen", ha="center", fontsize=9)
     figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
-    try:
-        figure.savefig(args.out, format="png", dpi=100)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from None
-    pyplot.close(figure)
+    save_figure(figure, args.out)
+
+
+def show_scaling(args: argparse.Namespace):
+    """Final scores of whole runs over their length, a line for each objective and encoder size.
+
+    The paper's Figure 2, of the runs that are given. Points are means over runs that differ in
+    nothing but their seed, bars their standard deviation.
+    """
+    matplotlib = plotter()
+    points, lines = {}, {}  # task -> (objective, model) -> samples -> scores, one a seed
+    for folder in args.run:
+        config = read_config(folder)
+        key = config["objective"], config["model"]
+        points.setdefault((*key, config["samples"]), []).append(config)
+        for task, score in finished(folder, config).items():
+            if task not in COSTS:
+                runs = lines.setdefault(task, {}).setdefault(key, {})
+                runs.setdefault(config["samples"], []).append(score)
+    for (*key, samples), configs in points.items():
+        refuse_if_different(f"{' '.join(key)}, {samples:,} images", configs)
+    keys = list(dict.fromkeys(key for of_task in lines.values() for key in of_task))
+    objectives, models = (list(dict.fromkeys(column)) for column in zip(*keys, strict=True))
+    figure, axes = matplotlib.pyplot.subplots(
+        1, len(lines), figsize=(9, 3.6), sharey=True, squeeze=False
+    )
+    for axis, (task, of_task) in zip(axes.flat, lines.items(), strict=True):
+        for (objective, model), runs in of_task.items():
+            samples, scores = zip(*sorted(runs.items()), strict=True)
+            means, deviations = zip(*map(mean_and_deviation, scores), strict=True)
+            o, m = objectives.index(objective), models.index(model)
+            style = {"color": COLOURS[o % 7], "linestyle": ["-", "--", ":"][o % 3]}
+            style |= {"marker": "os^Dv"[m % 5], "label": f"{objective} {model}"}
+            bars = [deviation or 0 for deviation in deviations]
+            axis.errorbar(samples, means, bars, capsize=2, ms=5, **style)
+        axis.set_xscale("log")
+        axis.set_xticks(sorted({n for runs in of_task.values() for n in runs}), minor=False)
+        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axis.set_title(f"{task}, top-1", fontsize=10)
+        axis.set_xlabel("images seen", fontsize=9)
+        axis.tick_params(labelsize=8, labelleft=True)
+        axis.grid(alpha=0.3)
+    handles = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=max(3, len(models)), fontsize=9)
+    figure.tight_layout(rect=(0, 0.05 + 0.06 * len(objectives), 1, 1))
+    save_figure(figure, args.out)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -793,7 +743,6 @@ def make_parser() -> argparse.ArgumentParser:
         choices=tuple(SHARES),
         help="split a logit at that end of the encoder",
     )
-    add("--contrast", action="store_true", help="map a word's logit less that of the average word")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     source_flags(add)
 
@@ -809,6 +758,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub, add = command("curves", "how runs went, over the samples seen", show_curves)
     add("run", type=Path, nargs="+", help="folders of runs")
+
+    sub, add = command("scaling", "final scores over the length of runs", show_scaling)
+    add("run", type=Path, nargs="+", help="folders of finished runs")
 
     sub, add = command("data", "what training would make of a source", show_data)
     add("data", help=f"{', '.join(BUILT_IN)}, a folder, a table, .tar shards")

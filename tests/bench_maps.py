@@ -22,7 +22,8 @@ from torch import Tensor
 import shapes
 from data import CenterCrop, normalize
 from eval import Run
-from show import SHARES, load, word_weights
+from shares import SHARES
+from show import load, word_weights
 
 IMAGES = 500
 ATTRIBUTES = ["shape", "colour"]
@@ -60,12 +61,10 @@ def two_objects(i: int) -> tuple[list[dict], Image.Image, list[Image.Image]]:
     return [first, second], image, [mask, other_mask]
 
 
-def rate(run: Run, images: Tensor, names: list[str], masks: Tensor, at: str, contrast: bool):
+def rate(run: Run, images: Tensor, names: list[str], masks: Tensor, at: str) -> float:
     """Share of images [B, 3, S, S] whose largest share for its name lies in its mask [B, N]."""
     weights = torch.stack([word_weights(run, name) for name in names])  # [B, V]
-    with torch.no_grad():
-        p = run.model(images).float().softmax(dim=1)  # [B, V]
-    shares, _ = SHARES[at](run.model, images, weights - p if contrast else weights)
+    shares, _ = SHARES[at](run.model, images, weights)
     return masks.gather(1, shares.argmax(dim=1, keepdim=True)).float().mean().item()
 
 
@@ -96,10 +95,8 @@ def main(folder: str):
         print(f"  {text:<42} {value:.3f}   {value:.3f}")
     of = {key: [names[key][scene[key]] for scene in scenes] for key in ATTRIBUTES}
     for at in SHARES:
-        for less in (False, True):
-            hits = [rate(run, images, of[key], masks, at, less) for key in ATTRIBUTES]
-            text = f"words --at {at}" + " --contrast" * less
-            print(f"  {text:<42} {hits[0]:.3f}   {hits[1]:.3f}")
+        hits = [rate(run, images, of[key], masks, at) for key in ATTRIBUTES]
+        print(f"  {f'words --at {at}':<42} {hits[0]:.3f}   {hits[1]:.3f}")
 
     scenes, drawings, masks = zip(*map(two_objects, range(IMAGES)), strict=True)
     images = tensors(drawings)
@@ -107,14 +104,12 @@ def main(folder: str):
     chance = torch.stack(masks).float().mean()
     print(f"two objects, {IMAGES} images, 2 words each; chance {chance:.3f}")
     for at in SHARES:
-        for less in (False, True):
-            hits = []
-            for key in ATTRIBUTES:
-                own = [[names[key][pair[k][key]] for pair in scenes] for k in (0, 1)]
-                both = [rate(run, images, own[k], masks[k], at, less) for k in (0, 1)]
-                hits.append(sum(both) / 2)
-            text = f"words --at {at}" + " --contrast" * less
-            print(f"  {text:<42} {hits[0]:.3f}   {hits[1]:.3f}")
+        hits = []
+        for key in ATTRIBUTES:
+            own = [[names[key][pair[k][key]] for pair in scenes] for k in (0, 1)]
+            both = [rate(run, images, own[k], masks[k], at) for k in (0, 1)]
+            hits.append(sum(both) / 2)
+        print(f"  {f'words --at {at}':<42} {hits[0]:.3f}   {hits[1]:.3f}")
 
 
 if __name__ == "__main__":
