@@ -14,6 +14,8 @@ Letters in the shapes:  B images, N patches, S image size, D width, V vocabulary
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +26,6 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter as HelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,6 +170,8 @@ def is_word(ids: list[int], tokenizer) -> bool:
 def spell(ids: list[int], tokenizer) -> str:
     """Tokens as text, with a hyphen where a piece of a word is cut off."""
     text = tokenizer.decode(ids)
+    if not text.strip():
+        return "(blank)"
     if isinstance(tokenizer, WordTokenizer) or caption_tokens(text, tokenizer) == ids:
         return text.strip()
     if isinstance(tokenizer, ClipTokenizer):
@@ -184,9 +187,22 @@ INK, GREY = (33, 37, 41), (105, 112, 120)
 AGAINST, FOR = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and orange, for all eyes
 
 
+# The font that comes with Pillow has no letter beyond ASCII; these are Linux's, macOS's, Windows's.
+FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
+
+
+@functools.cache
+def font_of(size: int, ascii: bool) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, or for other scripts the first of FONTS that is installed, if any is."""
+    for name in () if ascii else FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def write(draw, x: float, y: float, text: str, size=13, colour=INK, width=PAGE, lines=1):
     """Write text, wrapped to `lines` lines of `width` pixels; what is too long ends in dots."""
-    font, words = ImageFont.load_default(size), text.split()
+    font, words = font_of(size, text.isascii()), text.split()
     for n in range(lines):
         line = words.pop(0) if words else ""
         while words and (n == lines - 1 or font.getlength(f"{line} {words[0]}") <= width):
@@ -218,7 +234,7 @@ def heat_map(picture: Image.Image, shares: Tensor) -> Image.Image:
     side = math.isqrt(len(shares))
     value = (shares / shares.abs().max().clamp(min=1e-12)).reshape(side, side).numpy()
     value = Image.fromarray(value).resize(picture.size, Image.Resampling.NEAREST)
-    return tint(95 + 0.6 * np.asarray(picture.convert("L").convert("RGB")), np.asarray(value))
+    return tint(150 + 0.4 * np.asarray(picture.convert("L").convert("RGB")), np.asarray(value))
 
 
 def contact_sheet(
@@ -324,7 +340,7 @@ def show_words(args: argparse.Namespace) -> dict:
     asked = [(text, word_weights(run, text)) for text in args.word or ()]
     source = open_files(args.image) if args.image else open_source(args, run.config)
     number = None if args.image and all(p.is_file() for p in args.image) else args.number
-    samples = gather(source, number, partial(look, size=run.config["image_size"]))
+    samples = gather(source, number, functools.partial(look, size=run.config["image_size"]))
     samples, rows = [s for s in samples if isinstance(s, Sample)], []
     for sample in samples:
         images = normalize(sample.view[None].to(run.idf.df.device))
@@ -377,7 +393,7 @@ def draw_words(args: argparse.Namespace, samples: list[Sample], rows: list[dict]
 def draw_legend(image: Image.Image, draw):
     """The scale of heat maps, above them."""
     x, y = PAGE - MARGIN - 264, 14
-    image.paste(tint(190, np.tile(np.linspace(-1, 1, 120), (12, 1))), (x + 56, y))
+    image.paste(tint(200, np.tile(np.linspace(-1, 1, 120), (12, 1))), (x + 56, y))
     write(draw, x, y - 2, "against", 13, AGAINST)
     write(draw, x + 184, y - 2, "for the word", 13, FOR)
 
@@ -633,7 +649,9 @@ def show_data(args: argparse.Namespace) -> dict:
     source = load_source(args.data, args.split, *where)
     tokenizer = load_tokenizer(args.tokenizer, source.captions(50_000), args.clip_vocab)
     view = Augment(args.image_size, args.min_scale, args.flip, args.color_jitter, args.grayscale)
-    encode = partial(caption_tokens, max_tokens=10**6, without_stopwords=args.drop_stopwords)
+    encode = functools.partial(
+        caption_tokens, max_tokens=10**6, without_stopwords=args.drop_stopwords
+    )
     prepare, position = Prepare(view, tokenizer, args.seed, encode), itertools.count()
 
     def make(raw: Raw | BadSample):
@@ -687,7 +705,7 @@ def draw_data(args: argparse.Namespace, tiles: list, figures: dict) -> Image.Ima
     skipped = figures["skipped"] or {"nothing": 0}
     below = 56 + 18 * max(len(tokens), 8 + len(skipped))
     subtitle = f"views of {args.image_size} px as training sees them; the caption; in blue its "
-    subtitle += f"labels, the tokens of {args.tokenizer}"
+    subtitle += f"labels, the tokens of {args.tokenizer}; -x goes on in a word"
     image, draw = contact_sheet(figures["source"], subtitle, [("", tiles)], below)
     top = image.height - below + 16
 

@@ -120,6 +120,16 @@ def test_pieces_of_clip_words_are_joined_and_marked():
     assert show.spell(pieces, tokenizer) == "cat"
 
 
+def test_every_token_and_script_can_be_written(run):
+    tokenizer = show.load(run, "cpu").tokenizer
+    blank, inner = tokenizer.encode_ordinary(" \x07")[0], tokenizer.encode_ordinary("q")[-1]
+    assert show.spell([blank], tokenizer) == "(blank)" and show.spell([inner], tokenizer) == "-q"
+    image, draw = show.page(100, "", "")
+    white = image.tobytes()
+    show.write(draw, 0, 0, "grün, صورة, 写真", width=400)
+    assert image.tobytes() != white
+
+
 def test_a_run_at_its_start_has_words_too(run):
     loaded = show.load(run, "cpu")
     untrained = loaded._replace(idf=IDF(loaded.tokenizer.n_vocab))
