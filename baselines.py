@@ -17,7 +17,7 @@ import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superclass import Attention, Block, ViT, as_sets
+from superclass import Attention, Block, as_sets, init_transformer
 
 # ------------------------------------------------------------------------------------------------
 # Other losses (Table 6). Each takes logits [B, V] and labels [B, K], rows of token ids padded with
@@ -38,8 +38,8 @@ def bce(logits: Tensor, labels: Tensor) -> Tensor:
 def soft_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """log(1 + exp(-y x)), y = 1 for the caption's tokens and -1 for others; mean over V and B.
 
-    torch's MultiLabelSoftMarginLoss. It is `bce` divided by V: the same gradient, so that only an
-    optimizer that minds its scale tells them apart (AdamW does by its eps alone, 1e-6 here).
+    torch's MultiLabelSoftMarginLoss. It is `bce` divided by V. AdamW does not mind the scale of a
+    loss but for its eps (1e-6 here); the clipping of gradients does, and cuts those of `bce` only.
     """
     return bce(logits, labels) / logits.shape[1]
 
@@ -63,25 +63,26 @@ def asl(logits: Tensor, labels: Tensor, gamma: float = 4.0, margin: float = 0.05
 def two_way(logits: Tensor, labels: Tensor, t_pos: float = 4.0, t_neg: float = 1.0) -> Tensor:
     """Two-way multi-label loss (Kobayashi, CVPR 2023), with its published temperatures.
 
-    softplus(logsumexp of x / t_neg over negatives * t_neg + logsumexp of -x / t_pos over positives
-    * t_pos), once among the tokens of each image and once among the images for each token that
-    occurs; the mean of each is taken, and the two are added. The second way sees the whole global
-    batch: each process sends two rows of V numbers.
-    """
-    x, labels = logits.float(), as_sets(labels)
-    rows, _ = (labels >= 0).nonzero(as_tuple=True)
-    positive = torch.zeros_like(x, dtype=torch.bool)
-    positive[rows, labels[labels >= 0]] = True
-    negatives = (x / t_neg).masked_fill(positive, -torch.inf)  # [B, V]
-    positives = (-x / t_pos).masked_fill(~positive, -torch.inf)  # [B, V]
+        softplus(t_neg logsumexp_neg(x / t_neg) + t_pos logsumexp_pos(-x / t_pos))
 
-    images = torch.stack([negatives.logsumexp(dim=1), positives.logsumexp(dim=1)])  # [2, B]
-    tokens = torch.stack([negatives.logsumexp(dim=0), positives.logsumexp(dim=0)])  # [2, V]
-    tokens = gather(tokens).logsumexp(dim=0)  # [W, 2, V] -> [2, V]
+    over negatives and positives, once among the tokens of each image and once among the images for
+    each token that occurs; the mean of each is taken, and the two are added. The second way sees
+    the whole global batch: each process sends two rows of V numbers.
+    """
+    x, labels = logits.float(), as_sets(labels, logits.shape[1])
+    rows, _ = (labels >= 0).nonzero(as_tuple=True)
+    is_positive = torch.zeros_like(x, dtype=torch.bool)
+    is_positive[rows, labels[labels >= 0]] = True
+    negatives = (x / t_neg).masked_fill(is_positive, -torch.inf)  # [B, V]
+    positives = (-x / t_pos).masked_fill(~is_positive, -torch.inf)  # [B, V]
+
+    by_image = torch.stack([negatives.logsumexp(dim=1), positives.logsumexp(dim=1)])  # [2, B]
+    by_token = torch.stack([negatives.logsumexp(dim=0), positives.logsumexp(dim=0)])  # [2, V]
+    by_token = gather(by_token).logsumexp(dim=0)  # [W, 2, V] -> [2, V]
     loss = 0.0
-    for negative, positive in (images, tokens):
-        occurs = positive > -torch.inf
-        margin = t_neg * negative[occurs] + t_pos * positive[occurs]
+    for lse_neg, lse_pos in (by_image, by_token):
+        occurs = lse_pos > -torch.inf
+        margin = t_neg * lse_neg[occurs] + t_pos * lse_pos[occurs]
         loss = loss + F.softplus(margin).sum() / occurs.sum().clamp(min=1)
     return loss
 
@@ -91,7 +92,7 @@ LOSSES = {"bce": bce, "asl": asl, "soft_margin": soft_margin, "two_way": two_way
 
 def caption_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The logits [B, K] of each caption's tokens, in float32, and which are there, not padding."""
-    labels = as_sets(labels)
+    labels = as_sets(labels, logits.shape[1])
     return logits.gather(1, labels.clamp(min=0)).float(), labels >= 0
 
 
@@ -146,8 +147,8 @@ class TextTower(nn.Module):
         for block in self.blocks:
             block.attn = CausalAttention(width, heads)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        ViT.init_weights(self)
-        nn.init.normal_(self.token_embed.weight)  # twice the positions' deviation, as in CLIP
+        init_transformer(self)
+        nn.init.normal_(self.token_embed.weight)  # twice the positions' deviation: CLIP's ratio
 
     def forward(self, tokens: Tensor) -> Tensor:
         end = (tokens >= 0).sum(dim=1, keepdim=True)  # [B, 1]
@@ -210,9 +211,8 @@ class CLIP(nn.Module):
         """Images [B, 3, S, S] and their captions' tokens -> two times [B, E], and the scale []."""
         with torch.no_grad():
             self.log_scale.clamp_(max=self.MAX_LOG_SCALE)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked):
-            features = self.features(images)
-        return self.embed_images(features), self.embed_texts(tokens), self.log_scale.exp()
+        images, texts = self.embed_images(self.features(images)), self.embed_texts(tokens)
+        return images, texts, self.log_scale.exp()
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """From a word's logit to the patches of the image: two exact sums.
 
-The head is linear and the pooled vector a mean, so that the logit of any word is a sum over the
-patches, exactly: `word_shares` splits it at the encoder's output, where attention has already mixed
-the patches, and `input_shares` at its input, where a patch is still what it shows. CLIP has no such
-property. The paper does not speak of it; `show.py words` draws it.
+The pooled vector is a mean, and the head linear once its norm's deviation is taken from the image:
+so the logit of any word is a sum over the patches, exactly. `output_shares` splits it at the
+encoder's output, where attention has already mixed the patches, and `input_shares` at its input,
+where a patch is still what it shows. A CLIP that reads a class token has no such sum at its output.
+The paper does not speak of it; `show.py words` draws it. Models must be in evaluation mode.
 
 Letters in the shapes:  B images, N patches, S image size, D width, V vocabulary.
 """
@@ -19,11 +20,13 @@ from superclass import SuperClass
 
 
 @torch.inference_mode()
-def word_shares(model: SuperClass, images: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
+def output_shares(
+    model: SuperClass, images: Tensor, token_weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """Each patch's exact share of a logit, split where the head reads: the encoder's output.
 
-    Let z_n be the encoder's N tokens (its own last norm included), p = 1/N sum of z_n what the head
-    gets, m and s the mean and the deviation of p's D numbers, and w, b a row of the head. Then
+    Let z_n be the encoder's N tokens (its own last norm included), p = 1/N sum of z_n the pooled
+    vector, m and s the mean and the deviation of p's D numbers, and w, b a row of the head. Then
 
         logit = w . (gamma (p - m) / s + beta) + b
               = sum over n of  1/N w . gamma (z_n - mean of z_n) / s    +    w . beta + b
@@ -34,7 +37,8 @@ def word_shares(model: SuperClass, images: Tensor, token_weights: Tensor) -> tup
 
     Args:
         images: [B, 3, S, S], normalised.
-        token_weights: [V] or [B, V]: the logits to split, such as a one at a single token.
+        token_weights: [V] or [B, V]: coefficients of the weighted sum of logits to split, such as a
+            one at a single token.
     Returns:
         shares [B, N] and the constants [B]; together they sum to the weighted logits.
     """
@@ -52,14 +56,13 @@ def input_shares(model: SuperClass, images: Tensor, token_weights: Tensor) -> tu
     """Each patch's share of a logit, split where it comes from: the pixels.
 
     With the attention, the deviations in the norms and the gates of the GELUs held at the values
-    that they have for this image (`Held`), the whole model is linear in its pixels: a logit is then
-    a sum over pixels, gradient x pixel, and a rest from biases and positions. That sum is exact
-    too, but conditional: it does not say what would happen to the attention without the patch.
-    A pixel of the data's mean colour is zero, and has no share.
+    that they have for this image (`Held`), the whole model is affine in its pixels: a logit is then
+    a sum over pixels, gradient x pixel, and what the held model makes of an image of zeros, which
+    comes from biases and positions. That sum is exact too, but conditional: it does not say what
+    would happen to the attention without the patch. A pixel of the data's mean colour is zero, and
+    has no share. Of a convolutional encoder this holds with its ReLU, max pooling and batch norm.
 
-    Of a convolutional encoder this holds with ReLU, max pooling and batch norm as they are.
-
-    Args, returns: as those of `word_shares`; N squares of pixels, a token's each. Always float32.
+    Args, returns: as those of `output_shares`; N squares of pixels, a token's each. Always float32.
     """
     pixels = images.detach().float().requires_grad_()
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), Held():
@@ -109,4 +112,4 @@ class Held(TorchFunctionMode):
     }
 
 
-SHARES = {"input": input_shares, "output": word_shares}
+SHARES = {"input": input_shares, "output": output_shares}

@@ -605,10 +605,12 @@ def show_scaling(args: argparse.Namespace):
         config = read_config(folder)
         key = config["objective"], config["model"]
         points.setdefault((*key, config["samples"]), []).append(config)
-        for task, score in finished(folder, config).items():
-            if task not in COSTS:
-                runs = lines.setdefault(task, {}).setdefault(key, {})
-                runs.setdefault(config["samples"], []).append(score)
+        scores = {t: v for t, v in finished(folder, config).items() if t not in COSTS}
+        if not scores:
+            raise UserError(f"{folder} has no score of its end in its eval.jsonl")
+        for task, score in scores.items():
+            runs = lines.setdefault(task, {}).setdefault(key, {})
+            runs.setdefault(config["samples"], []).append(score)
     for (*key, samples), configs in points.items():
         refuse_if_different(f"{' '.join(key)}, {samples:,} images", configs)
     keys = list(dict.fromkeys(key for of_task in lines.values() for key in of_task))

@@ -6,7 +6,8 @@ The whole method of Huang et al., "Classification Done Right for Vision-Language
 frequencies that weight the tokens (`IDF`), and the loss (`superclass_loss`). There is no text
 encoder, no contrast between the images of a batch, and no vocabulary made by hand.
 
-Letters in shapes:  B images, N patches, D width, H heads, K tokens of a caption, V vocabulary.
+Letters in shapes:  B images, S image size, P patch size, N patches, D width, H heads, K tokens of a
+caption, V vocabulary.
 """
 
 import re
@@ -79,6 +80,28 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+@torch.no_grad()
+def init_transformer(model: nn.Module):
+    """Keep the variance of activations near one through the depth of `model.blocks`.
+
+    A matrix that reads n numbers of variance one gets std n^-0.5. The two matrices of a block that
+    write into the residual stream get less by sqrt(2 depth), because 2 depth of them add up there
+    (Radford et al., 2019). Biases start at 0, norms at the identity. Positions start half as large
+    as the embedding of a patch: with the customary 0.02 they drown in the patches at first, and
+    what depends on place is learned late.
+    """
+    residual = (2 * len(model.blocks)) ** -0.5
+    for name, p in model.named_parameters():
+        if name == "pos_embed":
+            nn.init.normal_(p, std=0.5)
+        elif p.ndim >= 2:
+            fan_in = p[0].numel()
+            writes_residual = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
+            nn.init.normal_(p, std=fan_in**-0.5 * (residual if writes_residual else 1))
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+
+
 class ViT(nn.Module):
     """Vision transformer without a class token (Dosovitskiy et al., 2021).
 
@@ -116,28 +139,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Keep the variance of activations near one through the depth.
-
-        A matrix that reads n numbers of variance one gets std n^-0.5. The two matrices of a block
-        that write into the residual stream get less by sqrt(2 depth), because 2 depth of them add
-        up there (Radford et al., 2019). Biases start at 0, norms at the identity.
-        Positions start half as large as the embedding of a patch of noise: with the customary 0.02
-        they drown in the patches at first, and what depends on place is learned late.
-        """
-        residual = (2 * len(self.blocks)) ** -0.5
-        for name, p in self.named_parameters():
-            if name == "pos_embed":
-                nn.init.normal_(p, std=0.5)
-            elif p.ndim >= 2:
-                fan_in = p[0].numel()
-                writes_residual = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
-                nn.init.normal_(p, std=fan_in**-0.5 * (residual if writes_residual else 1))
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+        init_transformer(self)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.image_size, self.image_size):
@@ -153,8 +155,8 @@ class ViT(nn.Module):
         return self.norm(x)  # [B, N, D]
 
 
-SIZES = {  # name: width, depth, heads
-    "XXS": (64, 4, 2),  # this and the next are for laptops; not in the paper
+SIZES = {  # name: width, depth, heads; XXS and XS are ours, for laptops, Ti is timm's
+    "XXS": (64, 4, 2),
     "XS": (128, 4, 4),
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
@@ -212,6 +214,7 @@ class SuperClass(nn.Module):
     def __init__(self, encoder: nn.Module, vocab_size: int):
         super().__init__()
         self.encoder = encoder
+        # The paper does not speak of a norm here; the released code has it, and it helps.
         self.norm = nn.LayerNorm(encoder.width, eps=1e-6)
         self.head = nn.Linear(encoder.width, vocab_size)
         # As in the released code: logits of a normed vector then have variance one, and the mean of
@@ -233,8 +236,13 @@ class SuperClass(nn.Module):
 # The labels: each row of [B, K] is the set of a caption's token ids, filled up with -1.
 
 
-def as_sets(labels: Tensor) -> Tensor:
-    """Sort each row of labels [B, K] and put -1 for repeats: a token counts once."""
+def as_sets(labels: Tensor, vocab_size: int) -> Tensor:
+    """Sort each row of labels [B, K] and put -1 for repeats: a token counts once.
+
+    ValueError, on the CPU, where looking is free, when an id is `vocab_size` or more.
+    """
+    if labels.device.type == "cpu" and labels.numel() and labels.max() >= vocab_size:
+        raise ValueError(f"label {labels.max()} is outside the vocabulary of {vocab_size}")
     labels = labels.sort(dim=1).values
     repeated = labels[:, 1:] == labels[:, :-1]
     return torch.cat([labels[:, :1], labels[:, 1:].masked_fill(repeated, -1)], dim=1)
@@ -246,9 +254,10 @@ class IDF(nn.Module):
     w_c = log((n + 1) / (df_c + 1)), where n captions were seen and df_c of them contain token c.
     The paper writes log(n / (1 + df_c)), which is negative for a token that every caption contains,
     so that weights cancel or sum to less than zero. This smoothing, that of the released code, is
-    never negative. Counts are integers: exact, and the same however a batch is split.
+    never negative. Counts are integers: exact, and the same however a batch is split. Call `update`
+    with all of a global batch before `weights`: before any update all weights are zero.
 
-    Buffers: df [V] and n [], int64.
+    Buffers: df [V] and n [], int64; up to date once `weights` or `wait` was called.
     """
 
     def __init__(self, vocab_size: int):
@@ -262,10 +271,10 @@ class IDF(nn.Module):
         """Count the captions of labels [B, K], and those of all other processes, if there are any.
 
         The sum over processes only starts here; it runs beside whatever comes next (the encoder's
-        forward pass) until `weights` or `wait` needs it.
+        forward pass) until `weights` or `wait` needs it. Raises ValueError as `as_sets` does.
         """
         self.wait()
-        tokens = as_sets(labels).flatten()  # [B * K]
+        tokens = as_sets(labels, len(self.df)).flatten()  # [B * K]
         count = torch.zeros(len(self.df) + 1, dtype=torch.int64, device=labels.device)
         count.scatter_add_(0, tokens.clamp(min=0), (tokens >= 0).long())
         count[-1] = len(labels)  # the captions travel with the tokens, in one message
@@ -298,9 +307,10 @@ class IDF(nn.Module):
 def superclass_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Cross-entropy between softmax(logits) and the IDF-weighted tokens of the caption.
 
-    Targets y_c = w_c / sum of w over the caption's tokens; loss = - sum_c y_c log softmax(x)_c
-    = logsumexp(x) - sum_c y_c x_c, since the targets sum to one; mean over the batch. A caption
-    without a token of positive weight adds zero loss and zero gradient.
+    With logits x and targets ŷ_c = w_c / sum of w over the caption's tokens, an image's loss is
+    - sum_c ŷ_c log softmax(x)_c = logsumexp(x) - sum_c ŷ_c x_c, since its targets sum to one; then
+    the mean over the batch. A caption without a token of positive weight adds zero loss and zero
+    gradient.
 
     Args:
         logits: [B, V], any float type; the loss is computed in float32.
@@ -309,7 +319,7 @@ def superclass_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     Returns:
         A scalar, float32.
     Raises:
-        ValueError: when shapes do not fit or (on CPU, where looking is free) an id is V or more.
+        ValueError: when shapes do not fit, or as `as_sets` does.
     """
     B, V = logits.shape
     if labels.ndim != 2 or len(labels) != B or weights.shape != (V,):
@@ -317,41 +327,41 @@ def superclass_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
             f"logits {(B, V)} do not fit labels {tuple(labels.shape)} and weights "
             f"{tuple(weights.shape)}"
         )
-    if labels.device.type == "cpu" and labels.numel() and labels.max() >= V:
-        raise ValueError(f"label {labels.max()} is outside the vocabulary of {V}")
-    labels = as_sets(labels)  # [B, K]
-    y = weights.float()[labels.clamp(min=0)] * (labels >= 0)  # [B, K]
-    y = y / y.sum(dim=1, keepdim=True).clamp(min=1e-30)  # [B, K], rows sum to one, or to zero
-    return SoftmaxCrossEntropy.apply(logits, labels.clamp(min=0), y)
+    labels = as_sets(labels, V)  # [B, K]
+    w = weights.float()[labels.clamp(min=0)] * (labels >= 0)  # [B, K]
+    targets = w / w.sum(dim=1, keepdim=True).clamp(min=1e-30)  # [B, K], rows sum to one, or to zero
+    return SoftmaxCrossEntropy.apply(logits, labels.clamp(min=0), targets)
 
 
 class SoftmaxCrossEntropy(torch.autograd.Function):
-    """Cross-entropy with K-sparse targets whose gradient is written as what it is: softmax(x) - y.
+    """Cross-entropy with K-sparse targets, whose gradient is written as what it is.
 
-    Autograd would keep several [B, V] tensors; at V = 49,408 they are what fills the memory. Here
-    the gradient itself is the only one: rows are worked through a few at a time, in float32.
+    For an image with targets ŷ that is (sum of ŷ) softmax(x) - ŷ, over B for the mean. Autograd
+    would keep several [B, V] tensors; at V = 49,408 they are what fills the memory. Here the
+    gradient is the only one beside the logits: rows are worked through a few at a time, in float32.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         lse = torch.empty(len(logits), device=logits.device)  # [B]
         rows = rows_at_once(logits)
         for piece, x in zip(lse.split(rows), logits.split(rows), strict=True):
             torch.logsumexp(x.float(), dim=1, out=piece)
-        ctx.save_for_backward(logits, labels, y, lse)
-        return (y.sum(dim=1) * lse - (y * logits.gather(1, labels)).sum(dim=1)).mean()
+        ctx.save_for_backward(logits, labels, targets, lse)
+        chosen = logits.gather(1, labels).float()  # [B, K]
+        return (targets.sum(dim=1) * lse - (targets * chosen).sum(dim=1)).mean()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        logits, labels, y, lse = ctx.saved_tensors
-        y = y * (grad / len(logits))
-        scale = y.sum(dim=1, keepdim=True)  # [B, 1]; zero where a caption has nothing to say
+    def backward(ctx, grad_loss: Tensor):
+        logits, labels, targets, lse = ctx.saved_tensors
+        targets = targets * (grad_loss / len(logits))
+        scale = targets.sum(dim=1, keepdim=True)  # [B, 1]; zero where a caption has nothing to say
         gradient = torch.empty_like(logits)
-        tensors = gradient, logits, labels, y, lse[:, None], scale
-        split = (t.split(rows_at_once(logits)) for t in tensors)
-        for piece, x, ids, target, norm, some in zip(*split, strict=True):
-            softmax = (x.float() - norm).exp_().mul_(some)  # [rows, V]
-            piece.copy_(softmax.scatter_add_(1, ids, -target))
+        tensors = gradient, logits, labels, targets, lse[:, None], scale
+        pieces = zip(*(t.split(rows_at_once(logits)) for t in tensors), strict=True)
+        for rows, x, ids, target, log_sum, factor in pieces:
+            scaled_softmax = (x.float() - log_sum).exp_().mul_(factor)  # [rows, V]
+            rows.copy_(scaled_softmax.scatter_add_(1, ids, -target))
         return gradient, None, None
 
 

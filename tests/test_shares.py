@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from shares import Held, input_shares, word_shares
+from shares import Held, input_shares, output_shares
 from superclass import SuperClass, ViT, build_encoder
 
 
@@ -33,7 +33,7 @@ def test_shares_of_the_output_sum_to_the_logit(bf16):
     weights = torch.zeros(50)
     weights[[3, 8]] = torch.tensor([0.3, 0.7])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        shares, constant = word_shares(model, images, weights)
+        shares, constant = output_shares(model, images, weights)
         tokens, rounded = model.encoder(images), model(images).float()
     assert shares.shape == (3, 16) and constant.shape == (3,) and shares.dtype == torch.float32
     with torch.no_grad():
@@ -61,12 +61,12 @@ def test_shares_of_the_output_are_those_of_each_patch():
             z = g1 * own + b1
             expected[i, n] = sum(w * g2 * (z - z.mean())) / deviation / 16
     weights = torch.nn.functional.one_hot(torch.tensor(c), 50).float()
-    shares, _ = word_shares(model.float(), images.float(), weights)
+    shares, _ = output_shares(model.float(), images.float(), weights)
     np.testing.assert_allclose(shares.numpy(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["XXS/8", "resnet50", "convnext_tiny"])
-@pytest.mark.parametrize("split", [word_shares, input_shares])
+@pytest.mark.parametrize("split", [output_shares, input_shares])
 def test_shares_of_all_encoders_sum_to_the_logit(name, split):
     model = shaken(SuperClass(build_encoder(name, 64), 20))
     images, weights = torch.randn(2, 3, 64, 64), torch.rand(2, 20)
@@ -125,5 +125,5 @@ def test_a_patch_that_does_not_reach_others_has_the_same_share_at_both_ends():
                 p.zero_()
     images, weights = torch.randn(2, 3, 16, 16), torch.rand(50)
     at_input, _ = input_shares(model, images, weights)
-    at_output, _ = word_shares(model, images, weights)
+    at_output, _ = output_shares(model, images, weights)
     torch.testing.assert_close(at_input, at_output, rtol=1e-4, atol=1e-5)

@@ -271,10 +271,13 @@ def test_scaling_draws_means_over_seeds(run, capsys, tmp_path):
         "superclass XXS/8": [[16, pytest.approx(0.6)], [32, 0.8]],
         "clip XXS/8": [[16, pytest.approx(0.35)], [32, pytest.approx(0.55)]],
     }
-    (tmp_path / "clip-16-0" / "config.json").write_text(json.dumps(config | {"samples": 16}))
+    (tmp_path / "clip-16-1" / "eval.jsonl").write_text("")
+    assert "has no score" in refused(capsys, "scaling", *folders)
+    folders.remove(str(tmp_path / "clip-16-1"))
+    (tmp_path / "clip-32-0" / "config.json").write_text(json.dumps(config))
     assert "a seed occurs twice" in refused(capsys, "scaling", *folders)
-    config |= {"samples": 16, "seed": 7, "lr": 9.0}
-    (tmp_path / "clip-16-0" / "config.json").write_text(json.dumps(config))
+    config |= {"seed": 7, "lr": 9.0}
+    (tmp_path / "clip-32-0" / "config.json").write_text(json.dumps(config))
     assert "they differ in lr" in refused(capsys, "scaling", *folders)
 
 

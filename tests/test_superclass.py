@@ -122,7 +122,7 @@ def test_loss_refuses_what_does_not_fit(weights):
 
 
 def test_as_sets_keeps_each_token_once():
-    sets = as_sets(torch.tensor([[4, 2, 4, -1], [7, 7, 7, 7], [-1, -1, -1, 3]]))
+    sets = as_sets(torch.tensor([[4, 2, 4, -1], [7, 7, 7, 7], [-1, -1, -1, 3]]), 8)
     assert [sorted(t for t in row if t >= 0) for row in sets.tolist()] == [[2, 4], [7], [3]]
 
 
@@ -134,6 +134,8 @@ def test_idf_counts_captions_not_occurrences():
     expected = [math.log(4 / (df + 1)) for df in (3, 1, 1, 0, 0, 0)]
     torch.testing.assert_close(idf.weights(), torch.tensor(expected))
     assert idf.weights()[0] == 0  # in every caption: the paper's own formula gives log(3/4) < 0
+    with pytest.raises(ValueError, match="label 6 is outside the vocabulary of 6"):
+        idf.update(torch.tensor([[0, 6]]))
 
 
 def test_idf_keeps_its_digits_for_billions_of_captions():
