@@ -54,7 +54,14 @@ class BadSample(Exception):
 
     def __init__(self, kind: str, detail: object = ""):
         super().__init__(f"{kind}: {detail}" if str(detail) else kind)
-        self.kind = kind
+        self.kind, self.detail = kind, str(detail)
+
+    def of(self, raw: "Raw") -> "BadSample":
+        """The same with the name of the file, where the sample is one and it is not told yet."""
+        file = next((str(part) for part in raw[:2] if isinstance(part, Path)), "")
+        return (
+            self if file in self.detail else BadSample(self.kind, f"{file} {self.detail}".strip())
+        )
 
 
 KINDS = (
@@ -226,14 +233,14 @@ class Prepare:
                 return raw
             labels = self.labels(raw.caption) if self.tokenizer else []
             if raw.image is None:
-                return BadSample("missing image")
+                raise BadSample("missing image")
             # Seeding the process's own generator is enough: nothing else draws from it meanwhile.
             state = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(state[0]) >> 1)
             pixels = np.array(self.view(open_image(raw.image)))
             return torch.from_numpy(pixels).permute(2, 0, 1), labels, raw.targets
         except BadSample as error:
-            return error
+            return error.of(raw)
 
     def labels(self, caption: str | bytes | Path | None) -> list[int]:
         text = read_caption(caption)
@@ -474,7 +481,7 @@ class Files(Pairs):
 def open_folder(root: Path, names: list[list[str]] | None) -> Files:
     """All images below a folder; the class of an image is the name of its own folder, if any."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    texts = {path.with_suffix("") for path in files if path.suffix == ".txt"}
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
     images = [path for path in files if path.suffix.lower() in IMAGE_TYPES]
     if not images:
         kinds = Counter(path.suffix or "no extension" for path in files)
@@ -482,10 +489,10 @@ def open_folder(root: Path, names: list[list[str]] | None) -> Files:
         raise UserError(f"{root} holds no image ({', '.join(IMAGE_TYPES)}); found: {found}")
     rows = []
     for path in images:
-        caption = path.with_suffix(".txt") if path.with_suffix("") in texts else None
-        rows.append((path, caption, path.parent.name if path.parent != root else None))
-    for stem in sorted(texts - {path.with_suffix("") for path in images}):
-        rows.append((None, stem.with_suffix(".txt"), None))
+        label = path.parent.name if path.parent != root else None
+        rows.append((path, texts.get(path.with_suffix("")), label))
+    for stem in sorted(texts.keys() - {path.with_suffix("") for path in images}):
+        rows.append((None, texts[stem], None))
     return Files(rows, names)
 
 
@@ -496,11 +503,10 @@ def open_table(path: Path, names: list[list[str]] | None) -> Files:
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         delimiter = "\t" if path.suffix == ".tsv" else ","
         json_lines = path.suffix == ".jsonl"
-        records = (
-            map(parse_json, lines) if json_lines else csv.DictReader(lines, delimiter=delimiter)
-        )
+        reader = csv.DictReader(lines, delimiter=delimiter)
         try:
-            for record in records:
+            columns = [] if json_lines else list(reader.fieldnames or ())
+            for record in map(parse_json, lines) if json_lines else reader:
                 columns = columns or list(record or ())
                 record = record or {}
                 text = record.get("caption", record.get("title"))
@@ -740,6 +746,8 @@ def open_source(spec: str, split: str, root: str, class_names: str | None):
         return Labelled(spec, split, root)
     path, names = Path(spec), read_class_names(class_names)
     if spec.endswith(".tar") or (path.is_dir() and next(path.glob("*.tar"), None)):
+        if path.is_dir() and any(file.suffix.lower() in IMAGE_TYPES for file in path.iterdir()):
+            raise UserError(f"{path} holds both shards and images: give each a folder of its own")
         return Shards(spec, names)
     if path.is_dir():
         return open_folder(path, names)

@@ -32,7 +32,7 @@ from data import (
     resized_crop,
     to_rgb,
 )
-from tests.conftest import COLOURS, caption, encoded, picture
+from tests.conftest import COLOURS, caption, encoded, picture, sample_members, write_tar
 from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -158,6 +158,22 @@ def test_folder_pairs_images_with_texts_and_folders_with_classes(tmp_path):
         for item in map(Prepare(CenterCrop(16), load_tokenizer("bpe:256", [])), raws)
     ]
     assert sorted(kinds) == ["good"] * 5 + ["missing caption", "missing image"]
+
+
+def test_bad_files_are_named_and_mixed_folders_refused(tmp_path):
+    picture(0).save(tmp_path / "a.PNG")
+    (tmp_path / "a.TXT").write_text("a dog")
+    (tmp_path / "b.jpg").write_bytes(encoded(picture(1))[:300])
+    (tmp_path / "b.txt").write_text("another")
+    tokenizer = load_tokenizer("bpe:260", ["a dog"] * 3)
+    source, prepare = load_source(str(tmp_path)), Prepare(CenterCrop(8), tokenizer)
+    good, bad = (prepare(source.raw(i)) for i in range(2))
+    assert good[1] and bad.kind == "damaged image" and "b.jpg" in str(bad)
+    (tmp_path / "b.txt").write_text(" ")
+    assert "b.jpg" in str(prepare(source.raw(1)))
+    write_tar(tmp_path / "0.tar", sample_members(0))
+    with pytest.raises(UserError, match="both shards and images"):
+        load_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
