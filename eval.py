@@ -19,7 +19,7 @@ import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter as HelpFormatter
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,7 @@ from data import (
     load_source,
     normalize,
     refuse_if_bad,
+    tell_skipped,
 )
 from superclass import IDF, SuperClass, build_encoder
 from tokenizer import caption_labels, caption_tokens, read_tokenizer
@@ -62,11 +63,14 @@ class Run(NamedTuple):
 def read_config(folder: Path) -> dict:
     """The run's config.json; UserError when there is none."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except OSError:
         raise UserError(f"{folder} holds no run: there is no config.json in it") from None
     except ValueError:
-        raise UserError(f"{folder / 'config.json'} is damaged: it is not JSON") from None
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} is damaged: it is no JSON object")
+    return config
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -92,7 +96,7 @@ def pick_device(name: str) -> torch.device:
         )
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(
             f"device '{name}' is unknown or not available here: use auto, cuda, mps or cpu"
@@ -119,11 +123,19 @@ def load_run(folder: Path, device: torch.device) -> Run:
     """
     config = read_config(folder)
     state = read_checkpoint(folder / "checkpoint.pt")
-    model, idf = build_model(config), IDF(config["vocab_size"])
-    model.load_state_dict(state["model"])
-    idf.load_state_dict(state["idf"])
-    tokenizer = read_tokenizer(folder / "tokenizer.tiktoken", config)
-    return Run(folder, config, tokenizer, model.to(device).eval(), idf.to(device), state["step"])
+    try:
+        model, idf = build_model(config), IDF(config["vocab_size"])
+        model.load_state_dict(state["model"])
+        idf.load_state_dict(state["idf"])
+        tokenizer, step = read_tokenizer(folder / "tokenizer.tiktoken", config), state["step"]
+    except UserError:
+        raise
+    except Exception as error:  # files that were changed can contradict each other anywhere
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{folder} is damaged: its files do not fit together ({type(error).__name__}: {reason})"
+        ) from None
+    return Run(folder, config, tokenizer, model.to(device).eval(), idf.to(device), step)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,7 +165,11 @@ def extract(model, source, image_size: int, batch_size=256, workers=2, limit=Non
     refuse_if_bad(sum(map(len, targets)), skipped)
     if not targets:
         raise UserError("there is no image to evaluate")
+    if skipped.any():
+        print(f"skipped {tell_skipped(skipped)}, of {source}", file=sys.stderr)
     found = torch.cat(features), torch.cat(targets)
+    if not found[0].isfinite().all():
+        raise UserError("the features are not finite numbers: the run's weights are damaged")
     return (*found, tokens) if tokenizer else found
 
 
@@ -247,7 +263,9 @@ def zeroshot_by_text(
     Args:
         prompts: texts with {} for a name, such as "a photo of a {}".
     """
-    texts = [prompt.format(name) for aliases in names for name in aliases for prompt in prompts]
+    texts = [
+        prompt.replace("{}", name) for aliases in names for name in aliases for prompt in prompts
+    ]
     owners = [c for c, aliases in enumerate(names) for _ in range(len(aliases) * len(prompts))]
     embedded = embed_texts(model, [caption_tokens(text, tokenizer) for text in texts])
     mean = F.normalize(mean_over_names(embedded.T, owners).T, dim=1)  # [C, E]
@@ -380,7 +398,11 @@ def classify(run: Run, attribute: int, names: list[list[str]], features: Tensor,
     which has trained for it, by the outputs of this attribute.
     """
     prior, prompts = options.get("prior", False), options.get("prompts")
+    if prior and run.config["objective"] != "superclass":
+        raise UserError("--prior is for the head of a SuperClass run: this one has none")
     if run.config["objective"] == "supervised":
+        if prompts:
+            raise UserError("--prompt is for runs that know words: a supervised one does not")
         classes = list(run.config["classes"].values())
         if names != classes[attribute]:
             raise UserError("a supervised run knows its own classes only: give data that has them")
@@ -391,12 +413,12 @@ def classify(run: Run, attribute: int, names: list[list[str]], features: Tensor,
     if isinstance(run.model, CLIP):
         return zeroshot_by_text(run.model, run.tokenizer, features, names, prompts or PROMPTS)
     if prompts:
-        names = [[prompt.format(name) for name in ns for prompt in prompts] for ns in names]
+        names = [[prompt.replace("{}", name) for name in ns for prompt in prompts] for ns in names]
     log_p = LOG_PROBABILITY[run.config["loss"]]
     return zeroshot(run.model, run.idf, run.tokenizer, features, names, prior, log_p)
 
 
-def measure(tasks: Iterable[str], run: Run, train, val, **options) -> list[dict]:
+def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
     """Rows {task, attribute, top1, ...} of the given tasks for every attribute of the source `val`.
 
     Args:
@@ -417,6 +439,10 @@ def measure(tasks: Iterable[str], run: Run, train, val, **options) -> list[dict]
     for (a, (attribute, names)), task in product(enumerate(val.attributes.items()), tasks):
         known = targets[:, a] >= 0  # the images that have a label
         x, y, classes = features[known], targets[known, a], len(names)
+        if classes < 2 or not len(y):
+            raise UserError(f"{len(y)} images of {classes} classes: nothing to tell apart")
+        if task == tasks[0] and len(y) < len(known):
+            print(f"{len(known) - len(y)} images have no {attribute}", file=sys.stderr)
         row = {"task": task, "attribute": attribute, "classes": classes, "images": len(y)}
         if task == "zeroshot":
             if run.config["objective"] == "supervised":
@@ -426,10 +452,10 @@ def measure(tasks: Iterable[str], run: Run, train, val, **options) -> list[dict]
             rows.append(row | {"top1": top1(classify(run, a, names, x, **options), y)})
             continue
         known = train_targets[:, a] >= 0
-        if not known.any():
-            raise UserError(f"no training image has a label for '{attribute}'")
         train_x, train_y = train_features[known], train_targets[known, a]
         if task == "probe":
+            if len(train_y) < 10:
+                raise UserError(f"a probe on {len(train_y)} labelled training images: give ten")
             device = run.idf.df.device
             scores, penalty = probe(*(t.to(device) for t in (train_x, train_y, x)), classes)
             row |= {"top1": top1(scores.cpu(), y), "penalty": penalty, "train": len(train_y)}
@@ -478,9 +504,11 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
 
 def report(rows: list[dict], run: Run) -> str:
     """Append the rows to eval.jsonl and return them as a table."""
-    with open(run.folder / "eval.jsonl", "a") as file:
-        for row in rows:
-            file.write(json.dumps({"step": run.step, **row, "time": round(time.time())}) + "\n")
+    lines = [json.dumps({"step": run.step, **row, "time": round(time.time())}) for row in rows]
+    with open(run.folder / "eval.jsonl", "a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut = file.read() not in (b"", b"\n")  # somebody was killed in the middle of a line
+        file.write(("\n" * cut + "\n".join(lines) + "\n").encode())
     if rows[0]["task"] == "retrieval":
         (row,) = rows
         line = f"{'retrieval':<9} {row['images']:>7} images {row['captions']:>7} captions"
@@ -492,6 +520,11 @@ def report(rows: list[dict], run: Run) -> str:
         deviation = row.get("deviation")
         lines.append(f"{line} {row['top1']:>7.3f}" + (f" ± {deviation:.3f}" if deviation else ""))
     return "\n".join(lines)
+
+
+def own_rows(folder: Path) -> list[dict]:
+    """The rows of a run on its own data and classes: what tables and curves show."""
+    return [row for row in read_jsonl(folder / "eval.jsonl") if not row.get("flags")]
 
 
 def task_name(row: dict) -> str:
@@ -512,10 +545,9 @@ def table(folders: list[Path]) -> str:
     """
     groups = {}
     for folder in folders:
-        config = read_config(folder)
-        ending = f"-{config['seed']}"
-        name = folder.resolve().name.removesuffix(ending)
-        groups.setdefault(name, []).append((config, finished(folder, config)))
+        config, scores = finished(folder)
+        name = folder.resolve().name.removesuffix(f"-{config['seed']}")
+        groups.setdefault(name, []).append((config, scores))
     columns = []  # in the order in which they are first met
     for runs in groups.values():
         for _, scores in runs:
@@ -528,6 +560,8 @@ def table(folders: list[Path]) -> str:
         cells = [name, f"{configs[0]['lr']:g}", str(len(runs))]
         for column in columns:
             values = [scores[column] for _, scores in runs if column in scores]
+            if values and len(values) < len(runs):
+                print(f"{name}: only {len(values)} runs have a score for {column}", file=sys.stderr)
             cells.append(cell(column, values) if len(values) == len(runs) else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -545,7 +579,8 @@ def refuse_if_different(name: str, configs: list[dict]):
     for config in configs:
         init = (config["init"] or "").rstrip("/").removesuffix(f"-{config['seed']}")
         plain.append({**config, "seed": None, "init": init, **MACHINE})
-    differ = sorted({key for c in plain for key in c if c[key] != plain[0].get(key)})
+    keys = sorted({key for config in plain for key in config})
+    differ = [key for key in keys if any(c.get(key) != plain[0].get(key) for c in plain)]
     if differ:
         raise UserError(f"the runs '{name}' are not one: they differ in {', '.join(differ)}")
     if len(seeds) < len(configs):
@@ -560,15 +595,21 @@ def cell(column: str, values: list[float]) -> str:
     return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
-def finished(folder: Path, config: dict) -> dict[str, float]:
-    """What a finished run measured: its last row of each task, and its cost."""
-    metrics, rows = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "eval.jsonl")
+def finished(folder: Path) -> tuple[dict, dict[str, float]]:
+    """A finished run's config, and what it measured: its last row of each task, and its cost.
+
+    Added to the config is how many images the probe was trained on, which scores depend on.
+    """
+    config = read_config(folder)
+    metrics, rows = read_jsonl(folder / "metrics.jsonl"), own_rows(folder)
     steps = math.ceil(config["samples"] / config["batch_size"])
     if not metrics or metrics[-1]["step"] < steps:
         raise UserError(f"{folder} is not finished: continue it with --out {folder} --resume")
     scores, several = {}, len({row["attribute"] for row in rows if "attribute" in row}) > 1
     for row in (row for row in rows if row["step"] == steps):
         task = task_name(row) + (f" {row['attribute']}" if several and "attribute" in row else "")
+        if row["task"] == "probe":
+            config["images of the probe"] = row.get("train")
         found = {key: value for key, value in row.items() if "@" in key}
         scores |= found or {task: row["top1"]}
     before = [0, *(line["step"] for line in metrics)]
@@ -579,18 +620,28 @@ def finished(folder: Path, config: dict) -> dict[str, float]:
     scores["images/s"] = statistics.median(line["images_per_s"] for line in metrics)
     if metrics[-1]["peak_mb"]:  # unknown on Windows
         scores["peak MB"] = max(line["peak_mb"] for line in metrics)
-    return scores
+    return config, scores
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, less a last one that was cut off; none where there is no file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of a .jsonl file, less those that were cut off; none where there is no file."""
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def positive(text: str) -> int:
     """The type of flags that count something."""
     if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """The type of flags that may be 0."""
+    if int(text) < 0:
         raise ValueError
     return int(text)
 
@@ -610,7 +661,7 @@ def main(argv: list[str] | None = None):
     add("--draws", type=positive, default=3, help="fewshot: how often to draw them")
     add("--limit", type=positive, help="training images, or pairs of retrieval, at most")
     add("--batch-size", type=positive, default=256)
-    add("--workers", type=int, default=2)
+    add("--workers", type=natural, default=2)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     try:
@@ -622,7 +673,8 @@ def main(argv: list[str] | None = None):
         if any("{}" not in prompt for prompt in args.prompts or ()):
             raise UserError("--prompt needs {} where the name of the class goes")
         run = load_run(args.run[0], pick_device(args.device))
-        train, val = open_sources(run.config, vars(args))
+        trains = args.task in ("probe", "fewshot")
+        train, val = open_sources(run.config, vars(args), trains)
         if val is None:
             raise UserError("there is no validation data: name some with --val-data")
         names = ("prior", "prompts", "shots", "draws", "limit", "batch_size", "workers")
@@ -631,22 +683,28 @@ def main(argv: list[str] | None = None):
             rows = measure_retrieval(run, val, **options)
         else:
             rows = measure([args.task], run, train, val, **options)
-        print(report(rows, run))
+        given = {name: getattr(args, name) for name in OTHER_DATA if getattr(args, name)}
+        print(report([row | {"flags": given} for row in rows], run))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def open_sources(config: dict, flags: dict | None = None) -> tuple:
+# Flags with which a score is not the run's own: it is of other data, or other names.
+OTHER_DATA = ("data", "val_data", "class_names", "prompts", "limit")
+
+
+def open_sources(config: dict, flags: dict | None = None, trains: bool = True) -> tuple:
     """The training and the validation source of a run; `flags` that are not None replace its own.
 
-    The second is None when none is named and the first has no split of its own.
+    The first is None when nothing trains on it, the second when none is named and the first has no
+    split of its own.
     """
     flags = {key: value for key, value in (flags or {}).items() if value is not None}
     given = {**config, **({"val_data": None} if "data" in flags else {}), **flags}
     where = given["data_root"], given["class_names"]
     val = given["val_data"] or (given["data"] if given["data"] in BUILT_IN else None)
-    train = load_source(given["data"], "train", *where, given["caption_noise"])
+    train = load_source(given["data"], "train", *where, given["caption_noise"]) if trains else None
     return train, val and load_source(val, "val", *where)
 
 

@@ -240,11 +240,91 @@ def test_table_has_mean_and_deviation_over_seeds(tmp_path, capsys):
 def test_table_refuses_what_is_not_one_row(tmp_path, capsys):
     one, other = fake_run(tmp_path / "a-1", 1, 0.5), fake_run(tmp_path / "b" / "a-2", 2, 0.5, lr=2)
     assert "'a' are not one: they differ in lr" in refused(capsys, "table", one, other)
+    newer = fake_run(tmp_path / "d" / "a-2", 2, 0.5, drop_stopwords=True)  # a flag that one lacks
+    for pair in ((one, newer), (newer, one)):
+        assert "they differ in drop_stopwords" in refused(capsys, "table", *pair)
     twin = fake_run(tmp_path / "c" / "a-1", 1, 0.5)
     assert "a seed occurs twice" in refused(capsys, "table", one, twin)
     (one / "metrics.jsonl").write_text("")
     assert f"{one} is not finished" in refused(capsys, "table", one)
     assert "takes one run, and 2 were named" in refused(capsys, "probe", one, twin)
+
+
+def test_tables_show_a_runs_own_data_only(tmp_path, capsys):
+    one, two = (fake_run(tmp_path / f"a-{seed}", seed, 0.5) for seed in (1, 2))
+    row = {"step": 2, "task": "probe", "attribute": "class", "top1": 0.1, "train": 8}
+    other = row | {"flags": {"val_data": "elsewhere"}}
+    with open(one / "eval.jsonl", "a") as file:
+        file.write(json.dumps(other) + "\n" + json.dumps(row | {"task": "zeroshot"}) + "\n")
+    evaluation.main(["table", str(one), str(two)])
+    out, err = capsys.readouterr()
+    assert "| a | 0.001 | 2 | 0.500 ± 0.000 |  |" in out
+    assert "a: only 1 runs have a score for zeroshot" in err
+    with open(one / "eval.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert "differ in images of the probe" in refused(capsys, "table", one, two)
+
+
+def test_a_line_that_was_cut_off_costs_no_other(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    with open(copy / "eval.jsonl", "a") as file:
+        file.write('{"step": 40, "ta')
+    before, own = len(evaluation.read_jsonl(copy / "eval.jsonl")), evaluation.own_rows(copy)
+    evaluation.main(["zeroshot", str(copy), "--workers", "0", "--prompt", "{} {x"])
+    after = evaluation.read_jsonl(copy / "eval.jsonl")
+    assert len(after) == before + 1 and after[-1]["flags"] == {"prompts": ["{} {x"]}
+    assert evaluation.own_rows(copy) == own
+    (copy / "eval.jsonl").write_text("{no json}\n")
+    with pytest.raises(UserError, match=r"eval\.jsonl is damaged"):
+        evaluation.own_rows(copy)
+
+
+def test_what_is_left_out_is_told(run, capsys, tmp_path):
+    table = tmp_path / "some.csv"
+    table.write_text("filepath,caption,label\n")
+    with open(table, "a") as file:
+        for i in range(20):
+            picture(i).save(tmp_path / f"{i}.png")
+            file.write(f"{i}.png,a picture,{list(COLOURS)[i % 3] if i else ''}\n")
+        file.write("gone.png,a picture,red\n")
+    evaluation.main(["zeroshot", str(run), "--workers", "0", "--val-data", str(table)])
+    out, err = capsys.readouterr()
+    assert "skipped 1 x missing image, of 21 pairs" in err and "1 images have no class" in err
+    assert " 19 " in out
+
+
+def test_zeroshot_needs_no_training_data(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    moved = {"data": str(tmp_path / "gone"), "val_data": config["data"]}
+    (copy / "config.json").write_text(json.dumps(config | moved))
+    evaluation.main(["zeroshot", str(copy), "--workers", "0"])
+    assert "zeroshot" in capsys.readouterr().out
+    assert "no source" in refused(capsys, "probe", copy)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda config, state: config.pop("model"),
+        lambda config, state: config.update(model="XS/5"),
+        lambda config, state: config.update(vocab_size=7),
+        lambda config, state: state.pop("step"),
+        lambda config, state: state["model"].popitem(),
+        lambda config, state: state["model"].update(dict.fromkeys(state["model"], torch.zeros(1))),
+    ],
+)
+def test_a_run_whose_files_do_not_fit_is_refused(run, tmp_path, capsys, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    state = torch.load(copy / "checkpoint.pt", weights_only=True)
+    damage(config, state)
+    (copy / "config.json").write_text(json.dumps(config))
+    torch.save(state, copy / "checkpoint.pt")
+    assert "do not fit together" in refused(capsys, "zeroshot", copy)
 
 
 def refused(capsys, *flags):
@@ -268,7 +348,22 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path, pairs):
     assert "invalid positive value: '0'" in capsys.readouterr().err
     flags = "--workers", "0", "--class-names", names
     assert "fewer than 10" in refused(capsys, "fewshot", run, *flags)
+    assert "give ten" in refused(capsys, "probe", run, "--limit", "9", "--workers", "0")
+    assert "not available here" in refused(capsys, "probe", run, "--device", "meta")
+    with pytest.raises(SystemExit):
+        evaluation.main(["probe", str(run), "--workers", "-1"])
+    assert "invalid natural value: '-1'" in capsys.readouterr().err
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    (copy / "config.json").write_text("{")
-    assert "config.json is damaged" in refused(capsys, "probe", copy)
+    state = torch.load(copy / "checkpoint.pt", weights_only=True)
+    state["model"] = {key: value * torch.nan for key, value in state["model"].items()}
+    torch.save(state, copy / "checkpoint.pt")
+    assert "not finite" in refused(capsys, "zeroshot", copy, "--workers", "0")
+    for damaged in ("{", "[]"):
+        (copy / "config.json").write_text(damaged)
+        assert "config.json is damaged" in refused(capsys, "probe", copy)
+    alone = tmp_path / "alone" / "red"
+    alone.mkdir(parents=True)
+    picture(0).save(alone / "a.png")
+    flags = "--val-data", alone.parent, "--workers", "0"
+    assert "nothing to tell apart" in refused(capsys, "zeroshot", run, *flags)
