@@ -62,6 +62,8 @@ from eval import (
     finished,
     load_run,
     mean_and_deviation,
+    natural,
+    own_rows,
     pick_device,
     positive,
     read_checkpoint,
@@ -202,7 +204,7 @@ def font_of(size: int, ascii: bool) -> ImageFont.FreeTypeFont:
 
 def write(draw, x: float, y: float, text: str, size=13, colour=INK, width=PAGE, lines=1):
     """Write text, wrapped to `lines` lines of `width` pixels; what is too long ends in dots."""
-    font, words = font_of(size, text.isascii()), text.split()
+    font, words = font_of(size, text.isascii()), text[: 500 * lines].split()  # more never fits
     for n in range(lines):
         line = words.pop(0) if words else ""
         while words and (n == lines - 1 or font.getlength(f"{line} {words[0]}") <= width):
@@ -286,13 +288,13 @@ def look(raw: Raw | BadSample, size: int) -> Sample | BadSample:
     """A sample, with the centre crop that evaluation takes."""
     try:
         if isinstance(raw, BadSample) or raw.image is None:
-            return raw if isinstance(raw, BadSample) else BadSample("missing image")
+            return raw if isinstance(raw, BadSample) else BadSample("missing image").of(raw)
         picture = CenterCrop(TILE)(open_image(raw.image))
         view = torch.from_numpy(np.array(CenterCrop(size)(open_image(raw.image)))).permute(2, 0, 1)
         name = raw.image.name if isinstance(raw.image, Path) else ""
         return Sample(picture, view, name if raw.caption is None else read_caption(raw.caption))
     except BadSample as error:
-        return error
+        return error.of(raw)
 
 
 def gather(source, number: int | None, make: Callable) -> list:
@@ -338,6 +340,8 @@ def show_words(args: argparse.Namespace) -> dict:
     """For each image its top words, and for some words where they come from."""
     run = load(args.run, args.device)
     asked = [(text, word_weights(run, text)) for text in args.word or ()]
+    if args.image and args.data:
+        raise UserError("give images or --data, not both")
     source = open_files(args.image) if args.image else open_source(args, run.config)
     number = None if args.image and all(p.is_file() for p in args.image) else args.number
     samples = gather(source, number, functools.partial(look, size=run.config["image_size"]))
@@ -362,8 +366,9 @@ def show_words(args: argparse.Namespace) -> dict:
 
 def draw_words(args: argparse.Namespace, samples: list[Sample], rows: list[dict]) -> Image.Image:
     """A row for each image: the picture, bars for its words, maps."""
-    count = max(len(row["maps"]) for row in rows)
-    deep = 28 + math.ceil(count / 3) * (TILE + 26)
+    count, most = (max(len(row[key]) for row in rows) for key in ("maps", "words"))
+    pitch = min(27, max(18, TILE // max(1, most)))  # of the words
+    deep = 28 + max(math.ceil(count / 3) * (TILE + 26), pitch * most)
     kind = "probability over frequency" if args.lift else "probability"
     about = f"grey: caption or file, unseen by the model; bars: {kind}; each map has its own scale"
     verb = {"input": "sees", "output": "reads"}[args.at]
@@ -375,7 +380,7 @@ def draw_words(args: argparse.Namespace, samples: list[Sample], rows: list[dict]
         write(draw, MARGIN, y, sample.name, 13, GREY, width=PAGE - 2 * MARGIN)
         image.paste(sample.picture, (MARGIN, y + 20))
         values = [word["lift" if args.lift else "probability"] for word in row["words"]]
-        pitch, longest = min(27, TILE // max(1, len(values))), max([*values, 1e-9])
+        longest = max([*values, 1e-9])
         for j, (word, value) in enumerate(zip(row["words"], values, strict=True)):
             x, top, length = MARGIN + TILE + 12, y + 20 + j * pitch, 54 * value / longest
             write(draw, x, top, word["text"], min(15, pitch - 4), width=84)
@@ -385,7 +390,7 @@ def draw_words(args: argparse.Namespace, samples: list[Sample], rows: list[dict]
         for j, found in enumerate(row["maps"]):
             x, top = 368 + j % 3 * (TILE + 10), y + 20 + j // 3 * (TILE + 26)
             image.paste(heat_map(sample.picture, torch.tensor(found["shares"])), (x, top))
-            text = f"{found['word']}  {found['probability']:.1%}"
+            text = f"{found['probability']:.1%}  {found['word']}"
             write(draw, x, top + TILE + 3, text, 14, width=TILE)
     return image
 
@@ -470,17 +475,18 @@ def cached_index(run: Run, source, args: argparse.Namespace) -> dict[str, Tensor
     """
     files = source.urls if isinstance(source, Shards) else []
     if isinstance(source, Files):
-        files = [row[0] for row in source.rows if row and row[0]]
+        files = [(row and row[0]) or "" for row in source.rows]
     asked = (args.data, args.split, args.data_root, run.config["data"], run.config["val_data"])
     digest = hashlib.sha256(f"{asked} {source} {run.step}".encode())
     for file in map(str, [run.folder / "checkpoint.pt", *files]):
         local = os.stat(file) if os.path.exists(file) else None
         change = (os.path.abspath(file), local.st_size, local.st_mtime_ns) if local else file
-        digest.update(str(change).encode())
+        digest.update(f"{change}\n".encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclass"
     path = cache / f"features-{digest.hexdigest()[:16]}.pt"
     if path.exists():
-        return read_checkpoint(path)
+        with contextlib.suppress(UserError):  # if it is damaged, it is made anew
+            return read_checkpoint(path)
     found = make_index(run, source, args.batch_size, args.workers)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -520,6 +526,8 @@ def show_search(args: argparse.Namespace) -> dict:
     rows, answers = [], []
     for text, found, values in zip(args.text, places, best.values.tolist(), strict=True):
         hits = [(samples[place], v) for place, v in zip(found, values, strict=True)]
+        for sample in (sample for sample, _ in hits if isinstance(sample, BadSample)):
+            print(f"a hit is gone: {sample}", file=sys.stderr)
         hits = [(sample, v) for sample, v in hits if isinstance(sample, Sample)]
         answers.append({"text": text, "images": [{"image": s.name, "score": v} for s, v in hits]})
         tiles = [(s.picture, [(f"{math.exp(v):.1%}  {s.name}", INK)]) for s, v in hits]
@@ -536,6 +544,11 @@ def show_search(args: argparse.Namespace) -> dict:
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 CURVES = {"loss": "loss", "lr": "learning rate", "images_per_s": "images a second"}
+
+
+def line_style(r: int) -> dict:
+    """Seven colours of solid lines, then the same of dashed and dotted ones."""
+    return {"color": COLOURS[r % 7], "linestyle": ["-", "--", ":"][r // 7 % 3]}
 
 
 def plotter():
@@ -565,20 +578,21 @@ def show_curves(args: argparse.Namespace):
             raise UserError(f"{folder} has no line in its metrics.jsonl yet")
         for key, title in CURVES.items():
             panels[title][r] = [(line["samples"], line[key]) for line in lines]
-        for row in read_jsonl(folder / "eval.jsonl"):
+        for row in own_rows(folder):
             name = f"{task_name(row)} {row.get('attribute', '')}".strip()
             scores = {f"{name} {key}": value for key, value in row.items() if "@" in key}
             for title, value in (scores or {f"{name}, top-1": row["top1"]}).items():
                 points = panels.setdefault(title, {}).setdefault(r, [])
                 points.append((row["step"] * batch_size, value))
-    height = 2.2 * math.ceil(len(panels) / 3) + 0.6
+    below = 0.35 + 0.2 * math.ceil(len(args.run) / 3)  # inches, for the legend
+    height = 2.2 * math.ceil(len(panels) / 3) + below
     figure, axes = matplotlib.pyplot.subplots(math.ceil(len(panels) / 3), 3, figsize=(9, height))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, runs) in zip(axes.flat, panels.items(), strict=False):
         for r, points in runs.items():
-            marker = "" if title in CURVES.values() else "o"
-            axis.plot(*zip(*sorted(points), strict=True), color=COLOURS[r % 7], marker=marker, ms=4)
+            marker = "" if title in CURVES.values() and len(points) > 1 else "o"
+            axis.plot(*zip(*sorted(points), strict=True), marker=marker, ms=4, **line_style(r))
         axis.set_xlim(left=0)
         if title not in CURVES.values():
             axis.set_ylim(0, 1.05)
@@ -586,10 +600,10 @@ def show_curves(args: argparse.Namespace):
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-    lines = [matplotlib.lines.Line2D([], [], color=COLOURS[r % 7]) for r in range(len(args.run))]
+    lines = [matplotlib.lines.Line2D([], [], **line_style(r)) for r in range(len(args.run))]
     figure.legend(lines, map(str, args.run), loc="lower center", ncols=3, fontsize=9)
-    figure.text(0.5, 0.38 / height, "images seen", ha="center", fontsize=9)
-    figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
+    figure.text(0.5, (below - 0.17) / height, "images seen", ha="center", fontsize=9)
+    figure.tight_layout(rect=(0, below / height, 1, 1))
     save_figure(figure, args.out)
 
 
@@ -602,10 +616,10 @@ def show_scaling(args: argparse.Namespace):
     matplotlib = plotter()
     points, lines = {}, {}  # task -> (objective, model) -> samples -> scores, one a seed
     for folder in args.run:
-        config = read_config(folder)
+        config, scores = finished(folder)
         key = config["objective"], config["model"]
         points.setdefault((*key, config["samples"]), []).append(config)
-        scores = {t: v for t, v in finished(folder, config).items() if t not in COSTS}
+        scores = {task: score for task, score in scores.items() if task not in COSTS}
         if not scores:
             raise UserError(f"{folder} has no score of its end in its eval.jsonl")
         for task, score in scores.items():
@@ -615,18 +629,24 @@ def show_scaling(args: argparse.Namespace):
         refuse_if_different(f"{' '.join(key)}, {samples:,} images", configs)
     keys = list(dict.fromkeys(key for of_task in lines.values() for key in of_task))
     objectives, models = (list(dict.fromkeys(column)) for column in zip(*keys, strict=True))
+    below = 0.2 + 0.2 * math.ceil(len(keys) / 3)  # inches, for the legend
+    rows, columns = math.ceil(len(lines) / 3), min(3, len(lines))
     figure, axes = matplotlib.pyplot.subplots(
-        1, len(lines), figsize=(9, 3.6), sharey=True, squeeze=False
+        rows, columns, figsize=(9, 3 * rows + below), sharey=True, squeeze=False
     )
-    for axis, (task, of_task) in zip(axes.flat, lines.items(), strict=True):
+    for axis in axes.flat[len(lines) :]:
+        axis.set_visible(False)
+    handles = {}  # of all panels: a task may be measured on some runs only
+    for axis, (task, of_task) in zip(axes.flat, lines.items(), strict=False):
         for (objective, model), runs in of_task.items():
             samples, scores = zip(*sorted(runs.items()), strict=True)
             means, deviations = zip(*map(mean_and_deviation, scores), strict=True)
             o, m = objectives.index(objective), models.index(model)
-            style = {"color": COLOURS[o % 7], "linestyle": ["-", "--", ":"][o % 3]}
+            style = {"color": COLOURS[o % 7], "linestyle": ["-", "--", ":"][m % 3]}
             style |= {"marker": "os^Dv"[m % 5], "label": f"{objective} {model}"}
             bars = [deviation or 0 for deviation in deviations]
-            axis.errorbar(samples, means, bars, capsize=2, ms=5, **style)
+            drawn = axis.errorbar(samples, means, bars, capsize=2, ms=5, **style)
+            handles[objective, model] = drawn
         axis.set_xscale("log")
         axis.set_xticks(sorted({n for runs in of_task.values() for n in runs}), minor=False)
         axis.set_xticks([], minor=True)
@@ -635,9 +655,8 @@ def show_scaling(args: argparse.Namespace):
         axis.set_xlabel("images seen", fontsize=9)
         axis.tick_params(labelsize=8, labelleft=True)
         axis.grid(alpha=0.3)
-    handles = axes.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="lower center", ncols=max(3, len(models)), fontsize=9)
-    figure.tight_layout(rect=(0, 0.05 + 0.06 * len(objectives), 1, 1))
+    figure.legend(handles=list(handles.values()), loc="lower center", ncols=3, fontsize=9)
+    figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
     save_figure(figure, args.out)
 
 
@@ -668,6 +687,7 @@ def show_data(args: argparse.Namespace) -> dict:
     for _, _, ids, _ in samples:
         idf.update(torch.tensor([ids[:MAX_TOKENS]]))
     frequent = idf.df.argsort(descending=True, stable=True)[: args.top].tolist()
+    frequent = [token for token in frequent if idf.df[token]]
     _, captions, tokens, sides = zip(*samples, strict=True)
     numbers = {
         "words of a caption": [len(caption.split()) for caption in captions],
@@ -732,6 +752,13 @@ def draw_data(args: argparse.Namespace, tiles: list, figures: dict) -> Image.Ima
 # Flags.
 
 
+def share(text: str) -> float:
+    """The type of flags from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Look at runs and sources.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -772,7 +799,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", help="the source; default: what the run is evaluated on")
     add("--number", type=positive, default=6, help="images a text")
     add("--batch-size", type=positive, default=256)
-    add("--workers", type=int, default=2)
+    add("--workers", type=natural, default=2)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     source_flags(add)
 
@@ -790,13 +817,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokenizer", default="bpe:512", help="as in train.py")
     add("--clip-vocab", help="CLIP's vocabulary file; default: an installed package's, or fetched")
     add("--drop-stopwords", action="store_true", help="without words such as 'the' in the captions")
-    add("--caption-noise", type=float, default=0.0, help="share of images with another's caption")
+    add("--caption-noise", type=share, default=0.0, help="share of images with another's caption")
     add("--image-size", type=positive, default=32, help="pixels")
-    add("--min-scale", type=float, default=0.9, help="smallest share of the image in a random crop")
+    add("--min-scale", type=share, default=0.9, help="smallest share of the image in a random crop")
     add("--flip", action="store_true", help="mirror half of the images")
-    add("--color-jitter", type=float, default=0.0, help="strength, for 8 images of 10")
-    add("--grayscale", type=float, default=0.0, help="share of images without colour")
-    add("--seed", type=int, default=0)
+    add("--color-jitter", type=share, default=0.0, help="strength, for 8 images of 10")
+    add("--grayscale", type=share, default=0.0, help="share of images without colour")
+    add("--seed", type=natural, default=0)
     source_flags(add, "data")
     sub.set_defaults(split="train")
     return parser
@@ -805,6 +832,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None):
     args = make_parser().parse_args(argv)
     try:
+        if args.out.suffix.lower() != ".png":
+            raise UserError(f"--out {args.out}: pictures are written as PNG, name a .png")
+        out, given = args.out.resolve(), {path.resolve() for path in getattr(args, "image", ())}
+        if out.exists() and given & {out, *out.parents}:
+            raise UserError(f"--out {args.out} is one of the images: name another file")
         figures = args.function(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -176,6 +176,15 @@ def test_words_of_files_and_folders(run, capsys, tmp_path, flags):
     assert (tmp_path / "a.png").exists()
 
 
+def test_many_words_make_a_taller_row(run, capsys, tmp_path):
+    heights = []
+    for top in ("6", "40"):
+        show.main(["words", str(run), "--number", "1", "--top", top, "--word", "red " * 3000])
+        with Image.open(tmp_path / "words.png") as image:
+            heights.append(image.height)
+    assert heights[1] > heights[0] + 100
+
+
 def test_words_in_every_caption_have_maps(run, capsys):
     loaded = show.load(run, "cpu")
     (a,) = loaded.tokenizer.encode_ordinary(" a")
@@ -199,10 +208,26 @@ def test_search_finds_and_remembers(run, capsys, tmp_path, monkeypatch, make):
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
     monkeypatch.setattr(show, "make_index", None)  # a second query needs none
     assert ask(capsys, *flags, "--number", "5")["texts"] == first["texts"]
+    monkeypatch.undo()
+    (cache,) = (tmp_path / "cache" / "superclass").iterdir()
+    cache.write_bytes(cache.read_bytes()[:99])  # made anew
+    assert ask(capsys, *flags, "--number", "5")["texts"] == first["texts"]
+    monkeypatch.setattr(show, "make_index", None)
     file = sorted(path for path in data.iterdir() if path.suffix != ".txt")[0]
     file.write_bytes(file.read_bytes() + b"\0")  # the source has changed
     with pytest.raises(TypeError):
         ask(capsys, *flags)
+
+
+def test_search_notices_that_rows_have_moved(run, capsys, tmp_path):
+    folder, rows = make_pairs(tmp_path / "data"), ["filepath,caption"]
+    rows += [f"{i:03d}.png,{caption(i)}" for i in range(24)]
+    flags = ["search", run, "red picture", "--data", folder / "t.csv", "--workers", "0"]
+    answers = []
+    for table in ([rows[0], ",x", *rows[1:]], [*rows, ",x"]):
+        (folder / "t.csv").write_text("\n".join(table))
+        answers.append(ask(capsys, *flags)["texts"])
+    assert answers[0] == answers[1] and len(answers[0][0]["images"]) == 6
 
 
 def test_search_scores_as_zeroshot_does(run):
@@ -322,6 +347,13 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     assert "'ZX' has no token" in refused(capsys, "search", run, "red", "ZX")
     assert "no source 'nothing'" in refused(capsys, "search", run, "red", "--data", "nothing")
     assert "no source 'nothing'" in refused(capsys, "data", "nothing")
+    for out in ("run.csv", tmp_path / "good.png"):
+        assert "--out" in refused(capsys, "words", run, tmp_path / "good.png", "--out", out)
+    both = refused(capsys, "words", run, tmp_path / "good.png", "--data", "shapes")
+    assert "not both" in both
+    with pytest.raises(SystemExit):
+        show.main(["data", "shapes", "--min-scale", "2"])
+    assert "invalid share value: '2'" in capsys.readouterr().err
     out = tmp_path / "no" / "folder.png"
     assert "cannot be written" in refused(capsys, "words", run, "--out", out)
     assert "cannot be written" in refused(capsys, "curves", run, "--out", out)
