@@ -684,7 +684,7 @@ def main(argv: list[str] | None = None):
         else:
             rows = measure([args.task], run, train, val, **options)
         given = {name: getattr(args, name) for name in OTHER_DATA if getattr(args, name)}
-        print(report([row | {"flags": given} for row in rows], run))
+        print(report([row | ({"flags": given} if given else {}) for row in rows], run))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
