@@ -629,7 +629,8 @@ def show_scaling(args: argparse.Namespace):
         refuse_if_different(f"{' '.join(key)}, {samples:,} images", configs)
     keys = list(dict.fromkeys(key for of_task in lines.values() for key in of_task))
     objectives, models = (list(dict.fromkeys(column)) for column in zip(*keys, strict=True))
-    below = 0.2 + 0.2 * math.ceil(len(keys) / 3)  # inches, for the legend
+    wide = min(4, len(objectives))  # the legend, which is filled by columns
+    below = 0.2 + 0.2 * math.ceil(len(keys) / wide)  # inches
     rows, columns = math.ceil(len(lines) / 3), min(3, len(lines))
     figure, axes = matplotlib.pyplot.subplots(
         rows, columns, figsize=(9, 3 * rows + below), sharey=True, squeeze=False
@@ -655,7 +656,7 @@ def show_scaling(args: argparse.Namespace):
         axis.set_xlabel("images seen", fontsize=9)
         axis.tick_params(labelsize=8, labelleft=True)
         axis.grid(alpha=0.3)
-    figure.legend(handles=list(handles.values()), loc="lower center", ncols=3, fontsize=9)
+    figure.legend(handles=list(handles.values()), loc="lower center", ncols=wide, fontsize=9)
     figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
     save_figure(figure, args.out)
 
