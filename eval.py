@@ -528,8 +528,9 @@ def own_rows(folder: Path) -> list[dict]:
 
 
 def task_name(row: dict) -> str:
-    """A row's task with its options, such as "10-shot" or "zeroshot +prior"."""
+    """A row's task with what its score depends on: "10-shot", "zeroshot +prior", "probe on 500"."""
     name = f"{row['shots']}-shot" if row["task"] == "fewshot" else row["task"]
+    name += f" on {row['train']:,}" if row["task"] == "probe" else ""
     return name + (" +prior" if row.get("prior") else "")
 
 
@@ -596,10 +597,7 @@ def cell(column: str, values: list[float]) -> str:
 
 
 def finished(folder: Path) -> tuple[dict, dict[str, float]]:
-    """A finished run's config, and what it measured: its last row of each task, and its cost.
-
-    Added to the config is how many images the probe was trained on, which scores depend on.
-    """
+    """A finished run's config, and what it measured: its last row of each task, and its cost."""
     config = read_config(folder)
     metrics, rows = read_jsonl(folder / "metrics.jsonl"), own_rows(folder)
     steps = math.ceil(config["samples"] / config["batch_size"])
@@ -608,8 +606,6 @@ def finished(folder: Path) -> tuple[dict, dict[str, float]]:
     scores, several = {}, len({row["attribute"] for row in rows if "attribute" in row}) > 1
     for row in (row for row in rows if row["step"] == steps):
         task = task_name(row) + (f" {row['attribute']}" if several and "attribute" in row else "")
-        if row["task"] == "probe":
-            config["images of the probe"] = row.get("train")
         found = {key: value for key, value in row.items() if "@" in key}
         scores |= found or {task: row["top1"]}
     before = [0, *(line["step"] for line in metrics)]
