@@ -370,9 +370,11 @@ def draw_words(args: argparse.Namespace, samples: list[Sample], rows: list[dict]
     pitch = min(27, max(18, TILE // max(1, most)))  # of the words
     deep = 28 + max(math.ceil(count / 3) * (TILE + 26), pitch * most)
     kind = "probability over frequency" if args.lift else "probability"
-    about = f"grey: caption or file, unseen by the model; bars: {kind}; each map has its own scale"
-    verb = {"input": "sees", "output": "reads"}[args.at]
-    title = f"Run {args.run.resolve().name}: its words for each image, and where it {verb} them"
+    about = f"grey: caption or file, unseen by the model; bars: {kind}"
+    about += "" if args.lift else ", which all words of a caption share"
+    about += "; each image and each map has its own scale"
+    where = {"input": "pixels", "output": "encoder's output"}[args.at]
+    title = f"Run {args.run.resolve().name}: its words, and maps at the {where}"
     image, draw = page(TOP + 8 + deep * len(rows), title, about)
     draw_legend(image, draw)
     for i, (sample, row) in enumerate(zip(samples, rows, strict=True)):

@@ -67,7 +67,7 @@ def main():
         print(f"{name:<7} {seconds:6.2f} s {memory / 1e6:7.0f} MB beyond the logits")
     ratio = statistics.median(sparse / dense for dense, sparse in times)
     memory = figures["sparse"][0] / figures["dense"][0]
-    print(f"ratio   {ratio:6.2f}   {memory:7.2f}    at B {B}, V {V:,}, K {K}")
+    print(f"ratio   {ratio:6.2f}   {memory:7.2f}    at B {B}, V {V:,}, K {K}; median over rounds")
 
 
 def measure(name: str, repeats: int) -> list[float]:

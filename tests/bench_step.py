@@ -133,7 +133,7 @@ def main():
     for kind, other in ((large, plain), (clip, large), (theirs, large)):
         ratio = statistics.median(r[kind]["step"] / r[other]["step"] for r in rounds)
         more = f"{memory[kind] / memory[other]:.2f} x the memory"
-        print(f"{kind}: {ratio:.2f} x the time of {other}, {more}")
+        print(f"{kind}: {ratio:.2f} x the time of {other} (median over rounds), {more}")
 
 
 if __name__ == "__main__":

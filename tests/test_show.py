@@ -206,9 +206,9 @@ def test_search_finds_and_remembers(run, capsys, tmp_path, monkeypatch, make):
         assert all(colour in hit["image"] for hit in answer["images"])
         scores = [hit["score"] for hit in answer["images"]]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
-    monkeypatch.setattr(show, "make_index", None)  # a second query needs none
-    assert ask(capsys, *flags, "--number", "5")["texts"] == first["texts"]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(show, "make_index", None)  # a second query needs none
+        assert ask(capsys, *flags, "--number", "5")["texts"] == first["texts"]
     (cache,) = (tmp_path / "cache" / "superclass").iterdir()
     cache.write_bytes(cache.read_bytes()[:99])  # made anew
     assert ask(capsys, *flags, "--number", "5")["texts"] == first["texts"]
