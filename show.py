@@ -616,7 +616,8 @@ def show_scaling(args: argparse.Namespace):
     nothing but their seed, bars their standard deviation.
     """
     matplotlib = plotter()
-    points, lines = {}, {}  # task -> (objective, model) -> samples -> scores, one a seed
+    points = {}  # (objective, model, samples) -> configs, one a seed
+    lines = {}  # task -> (objective, model) -> samples -> scores, one a seed
     for folder in args.run:
         config, scores = finished(folder)
         key = config["objective"], config["model"]
