@@ -53,6 +53,7 @@ from eval import (
     build_model,
     measure,
     open_sources,
+    own_rows,
     pick_device,
     read_checkpoint,
     read_config,
@@ -524,8 +525,8 @@ class Metrics:
 
 
 def evaluated(folder: Path, step: int) -> bool:
-    """Whether eval.jsonl has the rows of that step."""
-    return any(row["step"] == step for row in read_jsonl(folder / "eval.jsonl"))
+    """Whether eval.jsonl has the rows of that step, on the run's own data."""
+    return any(row["step"] == step for row in own_rows(folder))
 
 
 def warn(examples: dict[str, str], told: set[str]):

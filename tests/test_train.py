@@ -184,6 +184,19 @@ def test_objectives_learn_and_are_evaluated(classes, tmp_path, flags):
     assert rows[1]["top1"] > 0.9 and (rows[0]["top1"] > 0.6 or noisy)
 
 
+def test_scores_of_other_data_do_not_stand_for_a_missing_evaluation(classes, tmp_path):
+    """Killed after its last save, then looked at with eval.py: a resumed run still evaluates."""
+    run, flags = tmp_path / "run", ["--samples", "16", "--workers", "0", "--no-first-eval"]
+    train.main(train_flags(classes, run, *flags, "--val-data", str(classes)))
+    (row, *_) = read_jsonl(run / "eval.jsonl")
+    other = row | {"flags": {"val_data": "elsewhere"}}
+    (run / "eval.jsonl").write_text(json.dumps(other) + "\n")
+    for _ in range(2):  # and only once
+        train.main(["--out", str(run), "--resume"])
+        tasks = [row["task"] for row in read_jsonl(run / "eval.jsonl")]
+        assert tasks == ["zeroshot", "zeroshot", "probe"]
+
+
 def test_lit_leaves_its_encoder_as_it_was(classes, tmp_path):
     """Model and image size come from the run; the encoder that is saved is the one that came."""
     flags = ["--samples", "16", "--workers", "0"]
