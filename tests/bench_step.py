@@ -38,13 +38,12 @@ class Step:
     def __init__(self, kind: str, args: argparse.Namespace):
         torch.manual_seed(0)
         self.kind, V = kind.split(",")[0], KINDS[kind]
-        encoder = build_encoder(args.model, args.image_size)
-        if self.kind == "SuperClass":
-            self.model = SuperClass(encoder, V)
-        elif self.kind == "CLIP":
-            self.model = CLIP(encoder, build_text_tower(args.model, V))
-        else:
+        if self.kind == "OpenCLIP":
             self.model = open_clip_model(args.model, args.image_size)
+        else:
+            encoder = build_encoder(args.model, args.image_size)
+            text = build_text_tower(args.model, V) if self.kind == "CLIP" else None
+            self.model = CLIP(encoder, text) if text else SuperClass(encoder, V)
         flags = train.make_parser().parse_args([])
         self.optimizer = train.make_optimizer(self.model, flags, lambda *_: None)
         self.idf = IDF(V)

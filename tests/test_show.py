@@ -120,14 +120,26 @@ def test_pieces_of_clip_words_are_joined_and_marked():
     assert show.spell(pieces, tokenizer) == "cat"
 
 
-def test_every_token_and_script_can_be_written(run):
+def test_every_token_has_a_name(run):
     tokenizer = show.load(run, "cpu").tokenizer
     blank, inner = tokenizer.encode_ordinary(" \x07")[0], tokenizer.encode_ordinary("q")[-1]
     assert show.spell([blank], tokenizer) == "(blank)" and show.spell([inner], tokenizer) == "-q"
-    image, draw = show.page(100, "", "")
-    white = image.tobytes()
-    show.write(draw, 0, 0, "grün, صورة, 写真", width=400)
-    assert image.tobytes() != white
+
+
+def test_other_scripts_are_written_with_an_installed_font(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")  # it brings a font along
+    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+
+    def drawn(text: str) -> bytes:
+        image, draw = show.page(60, "", "")
+        show.write(draw, 0, 0, text)
+        return image.tobytes()
+
+    for fonts, boxes in (((), True), (("nowhere.ttf", font), False)):
+        monkeypatch.setattr(show, "FONTS", fonts)
+        show.font_of.cache_clear()
+        assert (drawn("\N{LATIN SMALL LETTER U WITH DIAERESIS}") == drawn("\uffff")) == boxes
+    show.font_of.cache_clear()
 
 
 def test_a_run_at_its_start_has_words_too(run):
