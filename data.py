@@ -59,9 +59,9 @@ class BadSample(Exception):
     def of(self, raw: "Raw") -> "BadSample":
         """The same with the name of the file, where the sample is one and it is not told yet."""
         file = next((str(part) for part in raw[:2] if isinstance(part, Path)), "")
-        return (
-            self if file in self.detail else BadSample(self.kind, f"{file} {self.detail}".strip())
-        )
+        if file not in self.detail:
+            return BadSample(self.kind, f"{file} {self.detail}".strip())
+        return self
 
 
 KINDS = (
