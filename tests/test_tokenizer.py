@@ -1,7 +1,5 @@
-"""Tokenizers: learned ones against slow ones, CLIP's against OpenCLIP's, all of them re-read."""
+"""Tokenizers: learned ones against slow ones, CLIP's against OpenCLIP's, and all of them stored."""
 
-import base64
-import email.message
 import gzip
 import html.entities
 import io
@@ -11,19 +9,21 @@ import pickle
 import random
 import re
 import shutil
+import string
 import sys
 import types
 import urllib.error
-import urllib.response
 from collections import Counter
 from pathlib import Path
+from unicodedata import is_normalized
 
 import ftfy
 import open_clip.tokenizer
 import pytest
 import requests
 import tiktoken
-import torch
+import tokenizers
+from ftfy.badness import BADNESS_RE, is_bad
 
 import shapes
 import tokenizer as tok
@@ -33,12 +33,11 @@ from tokenizer import (
     UserError,
     caption_labels,
     caption_tokens,
-    clip_vocab_file,
     drop_stopwords,
     learn_bpe,
     load_tokenizer,
-    read_ranks,
     read_tokenizer,
+    repair,
     save_tokenizer,
     tokenizer_config,
 )
@@ -52,7 +51,7 @@ CAPTIONS = [shapes.caption(shapes.scene_of(i, "train")) for i in range(2000)]
 
 
 def slow_bpe(captions, size):
-    """Byte-pair encoding without any bookkeeping: count all pairs anew for each merge."""
+    """Byte-pair encoding without any bookkeeping: it counts all pairs again for each merge."""
     words = [
         [bytes([b]) for b in w.encode()]
         for c in captions
@@ -78,13 +77,13 @@ def slow_bpe(captions, size):
 @pytest.mark.parametrize("size", [256, 270, 400])
 def test_learned_bpe_equals_the_slow_one(size):
     assert learn_bpe(TEXTS, size) == slow_bpe(TEXTS, size)
-    assert learn_bpe(reversed(TEXTS), size) == learn_bpe(TEXTS, size)  # ties do not see the order
+    assert learn_bpe(reversed(TEXTS), size) == learn_bpe(TEXTS, size)  # whatever the order
 
 
 def test_bpe_of_shapes_is_learned_from_captions_and_reloads(tmp_path):
     tokenizer = load_tokenizer("bpe:400", CAPTIONS)
     assert tokenizer.n_vocab == 400
-    save_tokenizer(tokenizer, tmp_path / "t.tiktoken")
+    (tmp_path / "t.tiktoken").write_bytes(save_tokenizer(tokenizer))
     again = load_tokenizer(str(tmp_path / "t.tiktoken"))
     for text in [" a red star", " é ñ 漢字 🙂", " IMG_2041.jpg!"]:
         assert again.encode_ordinary(text) == tokenizer.encode_ordinary(text)
@@ -130,7 +129,7 @@ def test_stopwords_go_and_nothing_else():
 # ------------------------------------------------------------------------------------------------
 # CLIP's, against OpenCLIP's.
 
-SCRIPTS = {  # from which code point to which
+SCRIPTS = {  # the first and the last code point
     "Latin": (0x21, 0x24F), "phonetic": (0x250, 0x2FF), "marks": (0x300, 0x36F),
     "Greek": (0x370, 0x3FF), "Cyrillic": (0x400, 0x52F), "Armenian": (0x531, 0x58F),
     "Hebrew": (0x591, 0x5F4), "Arabic": (0x600, 0x6FF), "Devanagari": (0x900, 0x97F),
@@ -157,6 +156,8 @@ PIECES = [
     "\x80\xff", "\ufffd", "👩\u200d👩\u200d👧", "👍🏽", "🇨🇭🇺🇳", "❤\ufe0f", "1\ufe0f\u20e3", "@you",
     "http://a.com/?q=1&lt=2", "IMG_2041.JPG", "50%", "C++", "snake_case", "...", "—", "#tbt",
     "naïve café", "nai\u0308ve", "Grüße aus Köln", "Das Schiff fährt über die Elbe.", "서울의 밤",
+    "the dogâ€™s ball", "“curly”", "\ufb01sh", "ＡＢＣ", "cafe\u0301", "red\x07star", "&EACUTE;",
+    "\x1b[36;44mblue\x1b[0m", "a\r\nb", "Ã la mode", "\nÃ la mode", "voilÃ\nle travail", "<br>&lt;",
     "こんにちは世界", "红色的星星在墙上", "Привет, мир!", "Καλημέρα κόσμε", "مرحبا بالعالم",
     "שלום עולם", "नमस्ते दुनिया", "สวัสดีชาวโลก", "Xin chào thế giới", "வணக்கம்", "გამარჯობა",
     "Բարեւ", "ሰላም ልዑል",
@@ -164,7 +165,7 @@ PIECES = [
 
 
 def varied_texts() -> list[str]:
-    """Some thousand texts that look for trouble, the same every time."""
+    """Thousands of awkward texts, the same ones every time."""
     rng = random.Random(0)
     spans = [range(first, last + 1) for first, last in SCRIPTS.values()]
 
@@ -194,21 +195,12 @@ VARIED = varied_texts()
 
 @pytest.fixture(scope="module")
 def clip():
-    return load_tokenizer("clip", clip_vocab=VOCAB)
-
-
-@pytest.fixture(scope="module")
-def whole():
-    return open_clip.tokenizer.SimpleTokenizer()
+    return load_tokenizer("clip")
 
 
 @pytest.fixture(scope="module")
 def peer():
-    """OpenCLIP's tokenizer without its repair of the text by ftfy."""
-    tokenizer = open_clip.tokenizer.SimpleTokenizer()
-    fold = open_clip.tokenizer.whitespace_clean
-    tokenizer.clean_fn = lambda text: fold(html.unescape(html.unescape(text)).strip()).lower()
-    return tokenizer
+    return open_clip.tokenizer.SimpleTokenizer()
 
 
 def test_clip_ids_are_openclips_on_every_text(clip, peer):
@@ -221,34 +213,73 @@ def test_clip_ids_are_openclips_on_every_text(clip, peer):
 
 
 def test_clip_ids_are_openclips_for_every_character(clip, peer):
-    """Every one but Han and Hangul: alone, and beside a letter, a mark and an apostrophe."""
-    spans = [(0, 0x3400), (0xA000, 0xAC00), (0xD7B0, 0xD800), (0xE000, 0x20000)]
+    """Every character but Han and Hangul: alone, and beside a letter, a mark and an apostrophe."""
+    spans = [(0, 0x3400), (0xA000, 0xAC00), (0xD7B0, 0x20000)]
     characters = [chr(c) for span in spans for c in range(*span)]
     for i in range(0, len(characters), 1000):
         text = " ".join(f"{c} a{c}a !{c}! '{c}" for c in characters[i : i + 1000])
         assert clip.encode_ordinary(text) == peer.encode(text)
 
 
-def test_clip_ids_are_openclips_where_its_repair_changes_nothing(clip, whole):
-    texts = [text for text in VARIED if ftfy.fix_text(text) == text]
-    assert len(texts) > 1000
-    for text in texts:
-        assert clip.encode_ordinary(text) == whole.encode(text), repr(text)
+# ftfy's steps: HTML entities, which need "&" and ";"; wrong encodings, only in non-ASCII lines that
+# `is_bad` reports; single characters; NFC. (A terminal escape begins with a control character.)
 
 
-def test_where_the_missing_repair_differs(clip, whole):
-    """What the README says of it."""
-    for text, repaired in [
-        ("the dogâ€™s ball", "the dog's ball"),  # UTF-8 that was read as Windows-1252
-        ("the dog’s ball", "the dog's ball"),
-        ("\ufb01sh", "fish"),
-        ("ＡＢＣ", "abc"),
-        ("cafe\u0301", "café"),
-        ("red\x07star", "redstar"),
-        ("&EACUTE;", "é"),
+def test_repair_of_ascii_is_ftfys():
+    """All single characters, all pairs, all triples of punctuation, and long random texts."""
+    ascii = [chr(c) for c in range(128)]
+    rng = random.Random(0)
+    for text in [
+        *ascii,
+        *map("".join, itertools.product(ascii, repeat=2)),
+        *map("".join, itertools.product(string.punctuation, repeat=3)),
+        *("".join(rng.choices(ascii[9:], k=rng.randrange(60))) for _ in range(3000)),
     ]:
-        assert clip.encode_ordinary(text) != whole.encode(text), text
-        assert clip.encode_ordinary(repaired) == whole.encode(text), text
+        assert repair(text) == ftfy.fix_text(text), repr(text)
+
+
+def test_repair_is_skipped_for_plain_ascii(monkeypatch):
+    monkeypatch.setattr(ftfy, "fix_text", None)
+    text = "".join(chr(c) for c in range(32, 127) if chr(c) != ";") + "\t\n\f"
+    assert repair(text) == text and all(repair(a + b) for a in text for b in text)
+    assert repair("Grüße, ночь, 夜, ça va?") == "Grüße, ночь, 夜, ça va?"
+    with pytest.raises(TypeError):
+        repair("“curly”")
+
+
+def test_ftfy_replaces_no_other_character():
+    characters = map(chr, range(sys.maxunicode + 1))
+    others = [c for c in characters if not tok.REPLACED.search(c) and is_normalized("NFC", c)]
+    assert len(others) > 1_100_000
+    for i in range(0, len(others), 20_000):
+        text = " ".join(others[i : i + 20_000])
+        assert ftfy.fix_text(text, fix_encoding=False) == text
+
+
+def test_every_bad_text_has_a_suspect_character():
+    """All pairs and many triples of the other characters that `is_bad` looks for."""
+    spans = re.findall(r"([^\x00-\x7f])-([^\x00-\x7f])", BADNESS_RE.pattern)
+    looked_for = {c for c in BADNESS_RE.pattern if not c.isascii()}
+    looked_for |= {chr(c) for first, last in spans for c in range(ord(first), ord(last) + 1)}
+    others = [*filter(lambda c: not tok.SUSPECT.search(c), sorted(looked_for)), *"aZ1. "]
+    assert 100 < len(others) < 250
+    for first in others:
+        assert not is_bad("".join(first + second for second in others))
+        assert not is_bad("".join(random.Random(first).choices(others, k=3000)))
+
+
+def test_repair_of_wrongly_decoded_text_is_ftfys():
+    """Random texts of the characters that ftfy's `is_bad` looks for, real ones among them."""
+    rng = random.Random(0)
+    suspects = [*{c for c in BADNESS_RE.pattern if not c.isascii()}, *map(chr, range(160, 256))]
+    suspects += ["a", "B", " ", "\n", "?", "1"] * 12
+    texts = ["".join(rng.choices(suspects, k=rng.randint(1, 6))) for _ in range(15_000)]
+    for text in VARIED[:300]:
+        for encoding in ("latin-1", "windows-1252", "windows-1251", "macroman"):
+            texts.append(text.encode("utf-8", "replace").decode(encoding, "replace"))
+    assert sum(map(is_bad, texts)) > 1000
+    for text in texts:
+        assert repair(text) == ftfy.fix_text(text), repr(text)
 
 
 def test_clip_vocabulary_and_decoding_are_openclips(clip, peer):
@@ -281,77 +312,87 @@ def test_clip_ids_fit_half_a_character(clip):
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """No package, an empty cache, no network; gives where the cached file would be."""
+    """No package, an empty cache, no network; returns the path of the cached file."""
 
     def refuse(*_, **__):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(tok.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    monkeypatch.setattr(tok.urllib.request, "urlopen", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "superclass" / CLIP_VOCAB
 
 
 def serve(content: bytes, asked: list):
-    """An urlopen that answers with the content, whatever it is asked for."""
+    """An urlopen that answers every request with the content."""
 
-    def urlopen(request):
-        asked.append(request.full_url)
-        return urllib.response.addinfourl(io.BytesIO(content), email.message.Message(), "")
+    def urlopen(url, timeout):
+        asked.append((url, timeout))
+        return io.BytesIO(content)
 
     return urlopen
 
 
 def test_clip_vocabulary_is_fetched_once(nowhere, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(torch.hub, "urlopen", serve(VOCAB.read_bytes(), asked))
+    monkeypatch.setattr(tok.urllib.request, "urlopen", serve(VOCAB.read_bytes(), asked))
     for _ in range(2):
         assert load_tokenizer("clip").n_vocab == 49408
-    assert asked == [tok.CLIP_URL] and nowhere.read_bytes() == VOCAB.read_bytes()
+    assert asked == [(tok.CLIP_URL, 30)] and nowhere.read_bytes() == VOCAB.read_bytes()
+    assert list(nowhere.parent.iterdir()) == [nowhere]
     assert capsys.readouterr().out.count("fetching") == 1
 
 
 def test_clip_vocabulary_is_looked_for_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "superclass").mkdir(parents=True)
-    shutil.copy(VOCAB, tmp_path / "cache" / "superclass")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for package in ("clip", "open_clip"):
         monkeypatch.delitem(sys.modules, package, raising=False)
-    assert clip_vocab_file() == tmp_path / "cache" / "superclass" / CLIP_VOCAB
-    for package in ("clip", "open_clip"):  # the second comes before the first
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    cached = tmp_path / "cache" / "superclass" / CLIP_VOCAB
+    cached.parent.mkdir(parents=True)
+    shutil.copy(VOCAB, cached)
+    tok.clip_vocab()
+    for package in ("clip", "open_clip"):  # the second precedes the first
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')")
-        assert clip_vocab_file() != tmp_path / package / CLIP_VOCAB  # a package without it
+        tok.clip_vocab()  # a package without the file
         shutil.copy(VOCAB, tmp_path / package)
-        assert clip_vocab_file() == tmp_path / package / CLIP_VOCAB
-    assert clip_vocab_file("there.gz") == Path("there.gz")
+        tok.clip_vocab()
+    clip, open_clip = (tmp_path / package / CLIP_VOCAB for package in ("clip", "open_clip"))
+    assert read == [cached, cached, clip, clip, open_clip]
 
 
 def test_missing_vocabulary_names_the_ways_out(nowhere):
     with pytest.raises(UserError, match="no network") as error:
         load_tokenizer("clip")
-    for way in (tok.CLIP_URL, str(nowhere), "--clip-vocab", "open_clip_torch", "bpe:512"):
+    for way in (tok.CLIP_URL, str(nowhere), "open_clip_torch", "bpe:512"):
         assert way in str(error.value)
-    with pytest.raises(UserError, match=r"gone\.gz cannot be read"):
-        load_tokenizer("clip", clip_vocab="gone.gz")
 
 
 def test_wrong_vocabularies_are_refused_wherever_they_are(tmp_path, monkeypatch, nowhere):
     wrong = gzip.compress(gzip.decompress(VOCAB.read_bytes()).replace(b"d og</w>", b"d oq</w>"))
-    monkeypatch.setattr(torch.hub, "urlopen", serve(wrong, []))
-    with pytest.raises(UserError, match=r"could not be fetched .*invalid hash"):
+    monkeypatch.setattr(tok.urllib.request, "urlopen", serve(wrong, []))
+    with pytest.raises(UserError, match=f"{tok.CLIP_URL} .*SHA-256"):
         load_tokenizer("clip")
-    assert list(nowhere.parent.iterdir()) == []  # nothing of it is kept
+    assert not nowhere.parent.exists()  # nothing of it is kept
+    nowhere.parent.mkdir(parents=True)
     (tmp_path / "package").mkdir()
-    for file in (nowhere, tmp_path / "package" / CLIP_VOCAB, tmp_path / "given.gz"):
+    for file in (nowhere, tmp_path / "package" / CLIP_VOCAB):
         file.write_bytes(wrong)
-        given = file if file.name == "given.gz" else None
-        if file.parent.name == "package":
-            found = types.SimpleNamespace(submodule_search_locations=[str(file.parent)])
+        if file != nowhere:
+            found = types.SimpleNamespace(origin=str(file.with_name("__init__.py")))
             monkeypatch.setattr(tok.importlib.util, "find_spec", lambda name, found=found: found)
-        with pytest.raises(UserError, match=f"^{re.escape(str(file))} is not CLIP's vocabulary"):
-            load_tokenizer("clip", clip_vocab=given)
+        with pytest.raises(UserError, match=f"{re.escape(str(file))} .*SHA-256"):
+            load_tokenizer("clip")
+
+
+def test_unwritable_cache_is_reported(nowhere, monkeypatch):
+    monkeypatch.setattr(tok.urllib.request, "urlopen", serve(VOCAB.read_bytes(), []))
+    nowhere.parent.parent.write_text("a file in place of the folder")
+    with pytest.raises(UserError, match="bpe:512"):
+        load_tokenizer("clip")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -388,7 +429,101 @@ def test_too_few_words_are_counted():
 
 
 # ------------------------------------------------------------------------------------------------
-# Kept with a run; refused.
+# Hugging Face's tokenizer.json.
+
+
+def train_json(kind: str, path: Path) -> str:
+    """Train a tokenizer of Hugging Face's on TEXTS, with special tokens, truncation and padding."""
+    models, trainers = tokenizers.models, tokenizers.trainers
+    normalizers, pre, decoders = (
+        tokenizers.normalizers,
+        tokenizers.pre_tokenizers,
+        tokenizers.decoders,
+    )
+    if kind == "wordpiece":  # as BERT's
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=special)
+    elif kind == "unigram":  # as T5's, whose unknown token need not be a special one
+        tokenizer = tokenizers.Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        special = ["<pad>", "</s>"]
+        trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=[*special, "<unk>"], unk_token="<unk>"
+        )
+    else:  # as GPT-2's
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<|endoftext|>"]
+        alphabet = pre.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, initial_alphabet=alphabet
+        )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{special[-1]} $A {special[0]}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in special],
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=20)
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bytes"])
+def test_json_labels_are_words_and_never_special(kind, tmp_path):
+    path = train_json(kind, tmp_path / "tokenizer.json")
+    tokenizer, raw = load_tokenizer(path), tokenizers.Tokenizer.from_file(path)
+    raw.no_truncation()
+    raw.no_padding()
+    assert tokenizer.n_vocab == raw.get_vocab_size()
+    tokens = caption_tokens("  Red STAR\n red", tokenizer)
+    text = " red star red" if kind == "bytes" else "red star red"
+    assert tokens == raw.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(tokens).split() == ["red", "star", "red"]
+    word = caption_tokens("red", tokenizer)
+    assert tokens[: len(word)] == tokens[-len(word) :] == word  # wherever it stands
+    assert caption_labels("red star red", tokenizer) == sorted(set(tokens))
+    assert len(caption_tokens(" ".join(TEXTS), tokenizer, max_tokens=9)) == 9
+    special = [token for token in raw.get_vocab() if token[0] in "<[" and len(token) > 3]
+    assert len(special) == {"wordpiece": 4, "unigram": 3, "bytes": 1}[kind]
+    for text in [*special, "漢字 🙂", f"red {special[0]} 漢 star", *VARIED[::20]]:
+        ids = caption_tokens(text, tokenizer, max_tokens=2000)
+        assert not {raw.token_to_id(token) for token in special} & set(ids), text
+        assert max(ids, default=0) < tokenizer.n_vocab
+
+
+def test_json_unknown_token_need_not_be_special(tmp_path):
+    model = tokenizers.models.WordLevel({"?": 0, "a": 1, "star": 5}, unk_token="?")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    assert caption_tokens("A blue star ?", tokenizer) == [1, 5] and tokenizer.n_vocab == 6
+
+
+def test_unusable_json_tokenizers_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    for content in ("{", "{}", "[1]", json.dumps({"model": {"type": "BPE"}})):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"t\.json is not a Hugging Face tokenizer\.json"):
+            load_tokenizer(str(path))
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="damaged"):
+        load_tokenizer(str(path))
+    train_json("wordpiece", path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="pip install tokenizers"):
+        load_tokenizer(str(path))
+
+
+# ------------------------------------------------------------------------------------------------
+# Stored with a run, or refused.
 
 
 @pytest.fixture
@@ -402,17 +537,21 @@ def gpt(monkeypatch):
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", encoding)
 
 
-@pytest.mark.parametrize("spec", ["bpe:300", "words:8", "clip", "gpt2", "FILE"])
+@pytest.mark.parametrize(
+    "spec", ["bpe:300", "words:8", "clip", "gpt2", "FILE", "wordpiece", "unigram", "bytes"]
+)
 def test_tokenizers_come_back_the_same(spec, tmp_path, gpt, monkeypatch):
     if spec == "FILE":
         spec = str(tmp_path / "given.tiktoken")
-        save_tokenizer(load_tokenizer("bpe:280", TEXTS), spec)
-    tokenizer = load_tokenizer(spec, TEXTS, VOCAB)
+        Path(spec).write_bytes(save_tokenizer(load_tokenizer("bpe:280", TEXTS)))
+    if spec in ("wordpiece", "unigram", "bytes"):
+        spec = train_json(spec, tmp_path / "given.json")
+    tokenizer = load_tokenizer(spec, TEXTS)
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "tokenizer.tiktoken"
-    save_tokenizer(tokenizer, path)
+    path.write_bytes(save_tokenizer(tokenizer))
     config = json.loads(json.dumps({"seed": 0, **tokenizer_config(tokenizer)}))
-    monkeypatch.setattr(tok, "clip_vocab_file", None)  # neither file nor network is asked for
+    monkeypatch.setattr(tok, "clip_vocab", None)  # neither file nor network is needed
     monkeypatch.setattr(tiktoken, "get_encoding", None)
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     for again in (
@@ -427,8 +566,7 @@ def test_tokenizers_come_back_the_same(spec, tmp_path, gpt, monkeypatch):
             ids = caption_tokens(text, tokenizer, max_tokens=2000)
             assert caption_tokens(text, again, max_tokens=2000) == ids, repr(text)
             assert again.decode(ids) == tokenizer.decode(ids)
-        save_tokenizer(again, tmp_path / "again.tiktoken")
-        assert (tmp_path / "again.tiktoken").read_bytes() == path.read_bytes()
+        assert save_tokenizer(again) == path.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -440,7 +578,8 @@ def test_tokenizers_come_back_the_same(spec, tmp_path, gpt, monkeypatch):
         ("words:0", "at least 1"),
         ("words:many", "at least 1"),
         ("gpt9", "unknown tokenizer 'gpt9': .*words:N, clip"),
-        ("no.tiktoken", "cannot be read"),
+        ("no.tiktoken", "cannot be read .*No such file"),
+        ("no.json", "cannot be read .*No such file"),
     ],
 )
 def test_unusable_tokenizers_are_refused(spec, message):
@@ -448,17 +587,27 @@ def test_unusable_tokenizers_are_refused(spec, message):
         load_tokenizer(spec, ["text"])
 
 
-def test_damaged_tokenizer_files_are_refused(tmp_path):
-    path = tmp_path / "t.tiktoken"
-    path.write_text("not a vocabulary")
-    with pytest.raises(UserError, match=r"not a \.tiktoken file"):
-        read_ranks(path)
-    path.write_bytes(base64.b64encode(b"a") + b" 0\n")
-    with pytest.raises(UserError, match="bytes are missing"):
-        read_ranks(path)
-    path.write_bytes(b"YQ== 0\nYg== 0\n")
-    with pytest.raises(UserError, match="ranks are doubled"):
-        read_tokenizer(path, {"tokenizer_kind": "words", "unknown_words": 0.0})
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a vocabulary", "damaged: too many values"),
+        (b"a 0\n", "damaged: .*base64"),
+        (b"YQ== 0\n", "single bytes are missing"),
+        (b"YQ== 0\nYg== 0\n", "a token or a rank occurs twice"),
+        (b"YQ== 0\nYQ== 1\n", "a token or a rank occurs twice"),
+    ],
+)
+def test_damaged_tokenizer_files_are_refused(tmp_path, content, message):
+    (tmp_path / "t.tiktoken").write_bytes(content)
+    with pytest.raises(UserError, match=rf"t\.tiktoken cannot .*{message}"):
+        load_tokenizer(str(tmp_path / "t.tiktoken"))
+
+
+def test_damaged_words_are_refused(tmp_path):
+    (tmp_path / "t.tiktoken").write_bytes(b"YQ== 0\nYg== 0\n")
+    with pytest.raises(UserError, match="a token or a rank occurs twice"):
+        config = {"tokenizer_kind": "words", "unknown_words": 0.0}
+        read_tokenizer(tmp_path / "t.tiktoken", config)
 
 
 def test_tokenizer_without_network_names_the_way_out(monkeypatch, tmp_path):
