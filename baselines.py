@@ -1,80 +1,115 @@
-"""What the paper compares SuperClass with: other losses on the same labels, and CLIP.
+"""What the paper compares SuperClass with, and what others combine it with.
 
 `LOSSES` are the four other multi-label losses of Table 6. `CLIP` is the contrastive baseline of
-Tables 3 and 9 (Radford et al., 2021), and with a locked encoder the locked-image tuning by which
-the paper measures zero-shot (LiT, Zhai et al., 2022). `supervised_loss` trains on a source's own
-classes: the ceiling, and fine-tuning (Table 12).
+Tables 3 and 9 (Radford et al., 2021); with a locked encoder it is the locked-image tuning with
+which the paper measures zero-shot (LiT, Zhai et al., 2022), and with a head over the vocabulary
+SuperCLIP, by the paper's authors (Zhao et al., NeurIPS 2025, arXiv 2512.14480). `ConvNet` are the
+encoders of Table 10. `supervised_loss` trains on a source's own classes: a ceiling, and fine-tuning
+(Table 12).
 
-Letters in shapes:  B images (b of one process), K tokens of a caption, V vocabulary, D width of a
+Letters in shapes:  B images (b on one process), K tokens of a caption, V vocabulary, D width of a
 tower, E joint embedding, W processes.
 """
 
 import math
+from collections import OrderedDict
+from itertools import takewhile
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
-from superclass import Attention, Block, as_sets, init_transformer
+import superclass
+from superclass import Attention, Block, SuperClass, init_transformer
 
 # ------------------------------------------------------------------------------------------------
-# Other losses (Table 6). Each takes logits [B, V] and labels [B, K], rows of token ids padded with
-# -1, and returns a float32 scalar. None uses IDF weights, nor does Table 6: its 75.6 for softmax is
-# Table 7's figure without IDF.
+# Other encoders (Table 10).
+
+
+class ConvNet(nn.Sequential):
+    """torchvision's network up to its last feature map; each position becomes a token."""
+
+    WIDTHS = {"resnet50": 2048, "convnext_tiny": 768}
+
+    def __init__(self, name: str):
+        layers = torchvision.models.get_model(name, weights=None).named_children()
+        super().__init__(OrderedDict(takewhile(lambda layer: layer[0] != "avgpool", layers)))
+        self.width = self.WIDTHS[name]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).flatten(2).transpose(1, 2)  # [B, D, S/32, S/32] -> [B, N, D]
+
+
+def build_encoder(name: str, image_size: int) -> nn.Module:
+    """`superclass.build_encoder`, which builds a ViT, and "resnet50" and "convnext_tiny".
+
+    Raises ValueError for another name and for an image size that does not fit.
+    """
+    if name not in ConvNet.WIDTHS:
+        return superclass.build_encoder(name, image_size)
+    if image_size < 32:
+        raise ValueError(f"{name} takes images of 32 px or more")
+    return ConvNet(name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Other losses (Table 6). Each takes logits [B, V] and labels [B, K], sets of token ids padded with
+# -1, and returns a float32 scalar. None of them uses IDF weights; neither does Table 6, whose 75.6
+# for softmax is Table 7's figure without IDF.
 
 
 def bce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of each token's presence; summed over V, mean over B.
+    """Binary cross-entropy of each token's presence: sum over V, mean over B.
 
     -log sigmoid(x) = softplus(x) - x for the caption's tokens and -log(1 - sigmoid(x)) =
-    softplus(x) for the others: a sum over all V, less the caption's logits.
+    softplus(x) for all others: a sum over V minus the caption's logits.
     """
-    x, here = caption_logits(logits, labels)
-    return (F.softplus(logits.float()).sum(dim=1) - (x * here).sum(dim=1)).mean()
+    x, is_token = caption_logits(logits, labels)
+    return (F.softplus(logits.float()).sum(dim=1) - (x * is_token).sum(dim=1)).mean()
 
 
 def soft_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """log(1 + exp(-y x)), y = 1 for the caption's tokens and -1 for others; mean over V and B.
+    """log(1 + exp(-y x)), y = 1 for the caption's tokens and -1 for others: mean over V and B.
 
-    torch's MultiLabelSoftMarginLoss. It is `bce` divided by V. AdamW does not mind the scale of a
-    loss but for its eps (1e-6 here); the clipping of gradients does, and cuts those of `bce` only.
+    This is torch's MultiLabelSoftMarginLoss, and `bce` divided by V. Training differs nevertheless:
+    gradient clipping affects only `bce`, AdamW's eps only this one.
     """
     return bce(logits, labels) / logits.shape[1]
 
 
 def asl(logits: Tensor, labels: Tensor, gamma: float = 4.0, margin: float = 0.05) -> Tensor:
-    """Asymmetric loss (Ridnik et al., 2021), with gamma+ = 0; summed over V, mean over B.
+    """Asymmetric loss (Ridnik et al., 2021) with gamma+ = 0: sum over V, mean over B.
 
-    Tokens of the caption pay -log p, others -q^gamma log(1 - q) with q = max(p - margin, 0): what
-    is known to be absent is soon left alone.
+    Tokens of the caption cost -log p, others -q^gamma log(1 - q) with q = max(p - margin, 0), so
+    tokens that are clearly absent stop contributing.
     """
 
     def absent(x: Tensor) -> Tensor:
         q = (x.sigmoid() - margin).clamp(min=0)
         return -(q**gamma) * (1 - q).log()
 
-    x, here = caption_logits(logits, labels)
-    present = (-F.logsigmoid(x) - absent(x)) * here
+    x, is_token = caption_logits(logits, labels)
+    present = (-F.logsigmoid(x) - absent(x)) * is_token
     return (absent(logits.float()).sum(dim=1) + present.sum(dim=1)).mean()
 
 
 def two_way(logits: Tensor, labels: Tensor, t_pos: float = 4.0, t_neg: float = 1.0) -> Tensor:
-    """Two-way multi-label loss (Kobayashi, CVPR 2023), with its published temperatures.
+    """Two-way multi-label loss (Kobayashi, CVPR 2023) with its published temperatures.
 
         softplus(t_neg logsumexp_neg(x / t_neg) + t_pos logsumexp_pos(-x / t_pos))
 
-    over negatives and positives, once among the tokens of each image and once among the images for
-    each token that occurs; the mean of each is taken, and the two are added. The second way sees
-    the whole global batch: each process sends two rows of V numbers.
+    over negatives and positives: once over the tokens of each image, and once over the images for
+    each token that occurs. The means of both are added. The second term sees the whole global
+    batch: each process sends two rows of V numbers.
     """
-    x, labels = logits.float(), as_sets(labels, logits.shape[1])
-    rows, _ = (labels >= 0).nonzero(as_tuple=True)
-    is_positive = torch.zeros_like(x, dtype=torch.bool)
-    is_positive[rows, labels[labels >= 0]] = True
-    negatives = (x / t_neg).masked_fill(is_positive, -torch.inf)  # [B, V]
-    positives = (-x / t_pos).masked_fill(~is_positive, -torch.inf)  # [B, V]
+    V = logits.shape[1]
+    padded = torch.zeros(len(labels), V + 1, dtype=torch.bool, device=labels.device)
+    is_positive = padded.scatter(1, labels.masked_fill(labels < 0, V), True)[:, :V]
+    negatives = (logits.float() / t_neg).masked_fill(is_positive, -torch.inf)  # [B, V]
+    positives = (-logits.float() / t_pos).masked_fill(~is_positive, -torch.inf)  # [B, V]
 
     by_image = torch.stack([negatives.logsumexp(dim=1), positives.logsumexp(dim=1)])  # [2, B]
     by_token = torch.stack([negatives.logsumexp(dim=0), positives.logsumexp(dim=0)])  # [2, V]
@@ -91,18 +126,18 @@ LOSSES = {"bce": bce, "asl": asl, "soft_margin": soft_margin, "two_way": two_way
 
 
 def caption_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits [B, K] of each caption's tokens, in float32, and which are there, not padding."""
-    labels = as_sets(labels, logits.shape[1])
-    return logits.gather(1, labels.clamp(min=0)).float(), labels >= 0
+    """The logits [B, K] of each caption's tokens, in float32, and a mask [B, K] without padding."""
+    is_token = labels >= 0
+    return logits.gather(1, labels.masked_fill(~is_token, 0)).float(), is_token
 
 
 def supervised_loss(logits: Tensor, targets: Tensor, sizes: list[int]) -> Tensor:
-    """Cross-entropy on a source's own classes.
+    """Cross-entropy on a source's own classes, the mean over its attributes.
 
     Args:
         logits: [B, C], the classes of all attributes side by side.
         targets: [B, A], a class for each attribute; -1 where there is no label: zero loss.
-        sizes: the number of classes of each attribute, C in all.
+        sizes: the number of classes of each attribute; they sum to C.
     """
     losses = [
         F.cross_entropy(x, y, ignore_index=-1, reduction="sum") / len(x)
@@ -112,11 +147,11 @@ def supervised_loss(logits: Tensor, targets: Tensor, sizes: list[int]) -> Tensor
 
 
 # ------------------------------------------------------------------------------------------------
-# CLIP.
+# CLIP, LiT and SuperCLIP.
 
 
 class CausalAttention(Attention):
-    """Self-attention in which a token sees itself and those before it."""
+    """Self-attention in which a token sees itself and the tokens before it."""
 
     def forward(self, x: Tensor) -> Tensor:
         B, K, D = x.shape
@@ -129,13 +164,13 @@ class CausalAttention(Attention):
 class TextTower(nn.Module):
     """CLIP's causal text transformer, made of the ViT's blocks.
 
-    Token ids [B, K], in their order and padded with -1, become features [B, D]: those of an end
-    mark, id V, that is put behind each caption. Padding comes after it and is never seen.
+    Maps token ids [B, K], in order and padded with -1, to features [B, D]: those of an end mark, id
+    V, that follows each caption. Padding comes after the end mark and is never seen.
 
     Args:
         vocab_size: V.
-        width, depth, heads: as those of the ViT.
-        max_tokens: K at most.
+        width, depth, heads: as in the ViT.
+        max_tokens: the largest K.
     """
 
     def __init__(self, vocab_size: int, width: int, depth: int, heads: int, max_tokens: int = 77):
@@ -148,7 +183,7 @@ class TextTower(nn.Module):
             block.attn = CausalAttention(width, heads)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         init_transformer(self)
-        nn.init.normal_(self.token_embed.weight)  # twice the positions' deviation: CLIP's ratio
+        nn.init.normal_(self.token_embed.weight)  # twice the std of the positions: CLIP's ratio
 
     def forward(self, tokens: Tensor) -> Tensor:
         end = (tokens >= 0).sum(dim=1, keepdim=True)  # [B, 1]
@@ -165,16 +200,16 @@ TEXT_SIZES |= {"S": (384, 12, 6), "B": (512, 12, 8), "L": (768, 12, 12)}
 
 
 def build_text_tower(model: str, vocab_size: int) -> TextTower:
-    """The text tower beside the encoder of that name, such as "B/16"; others get B's."""
+    """The text tower for the encoder of that name, such as "B/16"; CNN encoders get B's."""
     return TextTower(vocab_size, *TEXT_SIZES.get(model.split("/")[0], TEXT_SIZES["B"]))
 
 
 class CLIP(nn.Module):
-    """Two towers whose features meet in one space: an image lies close to its own caption.
+    """Two towers that map into one space, where an image lies close to its own caption.
 
     Args:
         encoder: maps images to tokens [B, N, D] and has `.width` = D.
-        text: the text tower; the joint space is as wide as it.
+        text: the text tower; the joint space has its width.
         locked: keep the encoder as it is (LiT).
     """
 
@@ -192,11 +227,11 @@ class CLIP(nn.Module):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.encoder.train(mode and not self.locked)  # a locked batch norm counts no more either
+        self.encoder.train(mode and not self.locked)  # a locked batch norm must not update either
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] -> the pooled representation [B, D], as that of SuperClass."""
+        """Images [B, 3, S, S] -> the pooled representation [B, D], like SuperClass's."""
         return self.encoder(images).mean(dim=1)
 
     def embed_images(self, features: Tensor) -> Tensor:
@@ -208,18 +243,37 @@ class CLIP(nn.Module):
         return F.normalize(self.text_proj(self.text(tokens)).float(), dim=1)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 3, S, S] and their captions' tokens -> two times [B, E], and the scale []."""
+        """Images [B, 3, S, S] and their captions' tokens -> twice [B, E], and the scale []."""
+        return self.contrast(self.features(images), tokens)
+
+    def contrast(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             self.log_scale.clamp_(max=self.MAX_LOG_SCALE)
-        images, texts = self.embed_images(self.features(images)), self.embed_texts(tokens)
-        return images, texts, self.log_scale.exp()
+        return self.embed_images(features), self.embed_texts(tokens), self.log_scale.exp()
+
+
+class SuperCLIP(CLIP):
+    """CLIP with SuperClass's head on the same pooled features (arXiv 2512.14480).
+
+    Its loss is `contrastive_loss` plus lambda times `superclass_loss`, with lambda = 1 as there.
+    """
+
+    def __init__(self, encoder: nn.Module, text: TextTower):
+        super().__init__(encoder, text)
+        classifier = SuperClass(encoder, text.vocab_size)
+        self.norm, self.head = classifier.norm, classifier.head
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[tuple, Tensor]:
+        """Images [B, 3, S, S] and their captions' tokens -> CLIP's outputs, and logits [B, V]."""
+        features = self.features(images)
+        return self.contrast(features, tokens), self.head(self.norm(features))
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's symmetric loss over the whole global batch: each finds the other among B.
+    """CLIP's symmetric loss over the whole global batch: each finds its partner among B.
 
-    Every process compares its own b rows with those of all. The mean over processes, which DDP
-    takes of the gradients, is then the loss of one process with all B.
+    Every process compares its own b rows with those of all processes. DDP averages the gradients
+    over processes, which gives the gradient of one process with all B.
 
     Args:
         images, texts: [b, E], unit vectors of this process; row i of both is one pair.
@@ -233,7 +287,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The x of all processes, [W, ...]; gradients find their way back to each of them."""
+    """The x of all processes, [W, ...]; gradients flow back to each of them."""
     if not dist.is_initialized():
         return x[None]
     return torch.stack(torch.distributed.nn.all_gather(x.contiguous()))

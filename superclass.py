@@ -1,32 +1,29 @@
 """SuperClass: pretrain a vision encoder by classifying an image into the subwords of its caption.
 
 The whole method of Huang et al., "Classification Done Right for Vision-Language Pre-Training"
-(NeurIPS 2024, arXiv 2411.03313), in the order in which the paper tells it: a vision transformer
-(`ViT`), a linear classifier over the tokenizer's vocabulary (`SuperClass`), the inverse document
-frequencies that weight the tokens (`IDF`), and the loss (`superclass_loss`). There is no text
-encoder, no contrast between the images of a batch, and no vocabulary made by hand.
+(NeurIPS 2024, arXiv 2411.03313), in the paper's order: a vision transformer (`ViT`), a linear
+classifier over the tokenizer's vocabulary (`SuperClass`), inverse document frequencies that weight
+the tokens (`IDF`), and the loss (`superclass_loss`). There is no text encoder, no contrast between
+the images of a batch, and no hand-made vocabulary.
 
 Letters in shapes:  B images, S image size, P patch size, N patches, D width, H heads, K tokens of a
 caption, V vocabulary.
 """
 
 import re
-from collections import OrderedDict
-from itertools import takewhile
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------
-# The encoder (section 3). Parameters carry timm's names, so that a trained encoder loads there.
+# The encoder (section 3). Its parameters carry timm's names, so trained weights load into timm.
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into squares of P pixels and map each to D numbers: one strided convolution."""
+    """Cut the image into squares of P pixels and map each to D numbers: a strided convolution."""
 
     def __init__(self, patch_size: int, width: int):
         super().__init__()
@@ -54,7 +51,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in between."""
+    """Two linear layers with a GELU between them; the hidden layer is four times as wide."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -66,7 +63,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: tokens talk to each other, then each thinks for itself."""
+    """Pre-norm transformer block: attention mixes the tokens, the MLP works on each of them."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -82,13 +79,12 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_transformer(model: nn.Module):
-    """Keep the variance of activations near one through the depth of `model.blocks`.
+    """Initialise `model` so that activations keep a variance near one through `model.blocks`.
 
-    A matrix that reads n numbers of variance one gets std n^-0.5. The two matrices of a block that
-    write into the residual stream get less by sqrt(2 depth), because 2 depth of them add up there
-    (Radford et al., 2019). Biases start at 0, norms at the identity. Positions start half as large
-    as the embedding of a patch: with the customary 0.02 they drown in the patches at first, and
-    what depends on place is learned late.
+    A matrix with n inputs of variance one gets std n^-0.5. Two matrices of each block write into
+    the residual stream; 2 x depth such terms add up, so their std is divided by sqrt(2 x depth)
+    (Radford et al., 2019). Biases start at 0 and norms at the identity. Positions start with std
+    0.5: with the usual 0.02, what depends on position is learned late.
     """
     residual = (2 * len(model.blocks)) ** -0.5
     for name, p in model.named_parameters():
@@ -105,36 +101,23 @@ def init_transformer(model: nn.Module):
 class ViT(nn.Module):
     """Vision transformer without a class token (Dosovitskiy et al., 2021).
 
-    Images [B, 3, S, S], normalised floats, become patch tokens [B, N, D] with N = (S / P)^2 and the
-    final layer norm applied to every token.
+    Maps normalised images [B, 3, S, S] to patch tokens [B, N, D], N = (S / P)^2, after a last norm.
 
     Args:
-        image_size: S, in pixels.
-        patch_size: P, in pixels; divides S.
-        width: D; a multiple of `heads`.
-        depth: number of blocks.
-        heads: H.
+        image_size, patch_size: S and P, in pixels; P divides S.
+        width, depth, heads: D, the number of blocks, and H, which divides D.
     Raises:
-        ValueError: when P does not divide S, H does not divide D, or an image is not S x S.
+        ValueError: if P does not divide S, H does not divide D, or an image is not S x S.
     """
 
-    def __init__(
-        self,
-        image_size: int = 224,
-        patch_size: int = 16,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-    ):
+    def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int):
         super().__init__()
         if image_size < patch_size or image_size % patch_size:
-            raise ValueError(
-                f"an image of {image_size} px cannot be cut into patches of {patch_size} px"
-            )
+            raise ValueError(f"{image_size} px cannot be cut into patches of {patch_size} px")
         if width % heads:
             raise ValueError(f"a width of {width} cannot be divided among {heads} heads")
         self.image_size, self.patch_size, self.width = image_size, patch_size, width
-        self.grad_checkpointing = False  # recompute each block in the backward pass, to save memory
+        self.grad_checkpointing = False  # recompute each block in the backward pass to save memory
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -143,19 +126,15 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"the encoder takes {self.image_size} px images, got {tuple(images.shape)}"
-            )
+            raise ValueError(f"images must have {self.image_size} px, not {tuple(images.shape)}")
         x = self.patch_embed(images) + self.pos_embed  # [B, N, D]
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)  # [B, N, D]
+            recompute = self.grad_checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # [B, N, D]
         return self.norm(x)  # [B, N, D]
 
 
-SIZES = {  # name: width, depth, heads; XXS and XS are ours, for laptops, Ti is timm's
+SIZES = {  # name: width, depth, heads. XXS and XS are ours, for laptops; Ti is timm's
     "XXS": (64, 4, 2),
     "XS": (128, 4, 4),
     "Ti": (192, 12, 3),
@@ -165,61 +144,38 @@ SIZES = {  # name: width, depth, heads; XXS and XS are ours, for laptops, Ti is 
 }
 
 
-class ConvNet(nn.Sequential):
-    """torchvision's network of that name up to its last map, whose places are tokens (Table 10)."""
+def build_encoder(name: str, image_size: int) -> ViT:
+    """Build a ViT from "SIZE/PATCH", such as "B/16": one of `SIZES` and a patch size in pixels.
 
-    WIDTHS = {"resnet50": 2048, "convnext_tiny": 768}
-
-    def __init__(self, name: str):
-        layers = torchvision.models.get_model(name, weights=None).named_children()
-        super().__init__(OrderedDict(takewhile(lambda layer: layer[0] != "avgpool", layers)))
-        self.width = self.WIDTHS[name]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).flatten(2).transpose(1, 2)  # [B, D, S/32, S/32] -> [B, N, D]
-
-
-def build_encoder(name: str, image_size: int) -> nn.Module:
-    """Build a ViT from "SIZE/PATCH", such as "B/16": a size of `SIZES` and a patch size in pixels.
-
-    "resnet50" and "convnext_tiny" are torchvision's, from scratch, for images of 32 px or more.
-    Raises ValueError for another name, a patch that does not divide the image or one too small.
+    Raises ValueError for any other name and for a patch size that does not divide the image size.
     """
-    if name in ConvNet.WIDTHS:
-        if image_size < 32:
-            raise ValueError(f"{name} takes images of 32 px or more")
-        return ConvNet(name)
     match = re.fullmatch(r"(\w+)/([1-9]\d*)", name)
     if not match or match[1] not in SIZES:
-        raise ValueError(
-            f"unknown model '{name}': use SIZE/PATCH with SIZE one of {', '.join(SIZES)}, as B/16, "
-            f"or {' or '.join(ConvNet.WIDTHS)}"
-        )
+        raise ValueError(f"unknown model '{name}': use SIZE/PATCH, SIZE one of {', '.join(SIZES)}")
     width, depth, heads = SIZES[match[1]]
     return ViT(image_size, int(match[2]), width, depth, heads)
 
 
 # ------------------------------------------------------------------------------------------------
-# The classifier (section 3): mean over the patches, then a linear layer onto the vocabulary.
+# The classifier (section 3): the mean over patches, then a linear layer onto the vocabulary.
 
 
 class SuperClass(nn.Module):
     """An encoder and a linear head with one output for each token of the tokenizer's vocabulary.
 
     Args:
-        encoder: maps images to tokens [B, N, D] and has `.width` = D; the ViT above or another.
+        encoder: maps images to tokens [B, N, D] and has `.width` = D: the ViT above or any other.
         vocab_size: V.
     """
 
     def __init__(self, encoder: nn.Module, vocab_size: int):
         super().__init__()
         self.encoder = encoder
-        # The paper does not speak of a norm here; the released code has it, and it helps.
+        # The paper does not mention this norm; the released code has it, and it helps.
         self.norm = nn.LayerNorm(encoder.width, eps=1e-6)
         self.head = nn.Linear(encoder.width, vocab_size)
-        # As in the released code: logits of a normed vector then have variance one, and the mean of
-        # exp of such numbers is e^0.5, so the loss starts at about log V + 0.5. A head of zeros
-        # starts at log V, but learns more slowly.
+        # As in the released code. The logits of a normalised vector then have variance one, so the
+        # loss starts at about log V + 0.5. A head of zeros starts at log V but learns more slowly.
         nn.init.normal_(self.head.weight, std=encoder.width**-0.5)
         nn.init.zeros_(self.head.bias)
 
@@ -233,70 +189,41 @@ class SuperClass(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# The labels: each row of [B, K] is the set of a caption's token ids, filled up with -1.
-
-
-def as_sets(labels: Tensor, vocab_size: int) -> Tensor:
-    """Sort each row of labels [B, K] and put -1 for repeats: a token counts once.
-
-    ValueError, on the CPU, where looking is free, when an id is `vocab_size` or more.
-    """
-    if labels.device.type == "cpu" and labels.numel() and labels.max() >= vocab_size:
-        raise ValueError(f"label {labels.max()} is outside the vocabulary of {vocab_size}")
-    labels = labels.sort(dim=1).values
-    repeated = labels[:, 1:] == labels[:, :-1]
-    return torch.cat([labels[:, :1], labels[:, 1:].masked_fill(repeated, -1)], dim=1)
+# The weights of the tokens (section 3). Labels [B, K] hold one caption a row: the set of its token
+# ids, each once, padded with -1.
 
 
 class IDF(nn.Module):
     """Inverse document frequencies, counted online from the captions seen so far (section 3).
 
     w_c = log((n + 1) / (df_c + 1)), where n captions were seen and df_c of them contain token c.
-    The paper writes log(n / (1 + df_c)), which is negative for a token that every caption contains,
-    so that weights cancel or sum to less than zero. This smoothing, that of the released code, is
-    never negative. Counts are integers: exact, and the same however a batch is split. Call `update`
-    with all of a global batch before `weights`: before any update all weights are zero.
-
-    Buffers: df [V] and n [], int64; up to date once `weights` or `wait` was called.
+    The paper writes log(n / (1 + df_c)), which is negative for a token in every caption; then a
+    caption's weights can sum to zero or less. This smoothing, the released code's, is never
+    negative. Call `update` with the whole global batch before `weights`. Buffers: df [V] and n [],
+    int64, so the counts are exact however a batch is split.
     """
 
     def __init__(self, vocab_size: int):
         super().__init__()
         self.register_buffer("df", torch.zeros(vocab_size, dtype=torch.int64))
         self.register_buffer("n", torch.zeros((), dtype=torch.int64))
-        self._sent, self._handle = None, None  # counts that are being summed over processes
 
     @torch.no_grad()
     def update(self, labels: Tensor):
-        """Count the captions of labels [B, K], and those of all other processes, if there are any.
-
-        The sum over processes only starts here; it runs beside whatever comes next (the encoder's
-        forward pass) until `weights` or `wait` needs it. Raises ValueError as `as_sets` does.
-        """
-        self.wait()
-        tokens = as_sets(labels, len(self.df)).flatten()  # [B * K]
-        count = torch.zeros(len(self.df) + 1, dtype=torch.int64, device=labels.device)
-        count.scatter_add_(0, tokens.clamp(min=0), (tokens >= 0).long())
-        count[-1] = len(labels)  # the captions travel with the tokens, in one message
-        self._sent = count
-        self._handle = dist.all_reduce(count, async_op=True) if dist.is_initialized() else None
-        if self._handle is None:
-            self.wait()
-
-    def wait(self):
-        """Finish a count that was started."""
-        if self._sent is not None:
-            if self._handle is not None:
-                self._handle.wait()
-            self.df += self._sent[:-1]
-            self.n += self._sent[-1]
-            self._sent = None
+        """Count the captions of labels [B, K], and those of all other processes."""
+        V = len(self.df)
+        count = torch.zeros(V + 1, dtype=torch.int64, device=labels.device)
+        slots = labels.flatten() + 1  # padding is counted in slot 0,
+        count.scatter_add_(0, slots, torch.ones_like(slots))
+        count[0] = len(labels)  # which then carries the number of captions
+        if dist.is_initialized():
+            dist.all_reduce(count)
+        self.df += count[1:]
+        self.n += count[0]
 
     def weights(self) -> Tensor:
         """Weights [V], float32, zero or more."""
-        self.wait()
-        # The same as log((n + 1) / (df + 1)), but where df is close to a large n that quotient
-        # would be rounded to one in float32.
+        # log((n + 1) / (df + 1)), in a form that float32 does not round to zero where df is near n.
         return torch.log1p((self.n - self.df).float() / (self.df + 1).float())
 
 
@@ -307,64 +234,57 @@ class IDF(nn.Module):
 def superclass_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Cross-entropy between softmax(logits) and the IDF-weighted tokens of the caption.
 
-    With logits x and targets ŷ_c = w_c / sum of w over the caption's tokens, an image's loss is
-    - sum_c ŷ_c log softmax(x)_c = logsumexp(x) - sum_c ŷ_c x_c, since its targets sum to one; then
-    the mean over the batch. A caption without a token of positive weight adds zero loss and zero
-    gradient.
+    With logits x and targets ŷ_c = w_c / (sum of w over the caption's tokens), the loss of an image
+    is - sum_c ŷ_c log softmax(x)_c = logsumexp(x) - sum_c ŷ_c x_c, because its targets sum to one.
+    The batch's loss is the mean. A caption whose weights are all zero adds no loss and no gradient.
 
     Args:
         logits: [B, V], any float type; the loss is computed in float32.
-        labels: [B, K] int64, each row a set of token ids, padded with -1; repeats count once.
-        weights: [V], zero or more, such as `IDF.weights()`; all ones for plain label averaging.
+        labels: [B, K] int64, each row a set of token ids, padded with -1.
+        weights: [V], zero or more, such as `IDF.weights()`; all ones to weight tokens equally.
     Returns:
         A scalar, float32.
     Raises:
-        ValueError: when shapes do not fit, or as `as_sets` does.
+        ValueError: if the shapes do not fit. IndexError (on the CPU) for an id of V or more.
     """
     B, V = logits.shape
     if labels.ndim != 2 or len(labels) != B or weights.shape != (V,):
-        raise ValueError(
-            f"logits {(B, V)} do not fit labels {tuple(labels.shape)} and weights "
-            f"{tuple(weights.shape)}"
-        )
-    labels = as_sets(labels, V)  # [B, K]
-    w = weights.float()[labels.clamp(min=0)] * (labels >= 0)  # [B, K]
-    targets = w / w.sum(dim=1, keepdim=True).clamp(min=1e-30)  # [B, K], rows sum to one, or to zero
-    return SoftmaxCrossEntropy.apply(logits, labels.clamp(min=0), targets)
+        raise ValueError(f"{logits.shape=}, {labels.shape=} and {weights.shape=} do not fit")
+    is_token = labels >= 0  # [B, K]
+    tokens = labels.masked_fill(~is_token, 0)  # padding reads token 0, and gets a target of zero
+    w = weights.float()[tokens] * is_token  # [B, K]
+    targets = w / w.sum(dim=1, keepdim=True).clamp(min=1e-30)  # [B, K], rows sum to one or to zero
+    return SparseCrossEntropy.apply(logits, tokens, targets)
 
 
-class SoftmaxCrossEntropy(torch.autograd.Function):
-    """Cross-entropy with K-sparse targets, whose gradient is written as what it is.
+class SparseCrossEntropy(torch.autograd.Function):
+    """Cross-entropy with K targets an image and its gradient, softmax(x) - ŷ, written out.
 
-    For an image with targets ŷ that is (sum of ŷ) softmax(x) - ŷ, over B for the mean. Autograd
-    would keep several [B, V] tensors; at V = 49,408 they are what fills the memory. Here the
-    gradient is the only one beside the logits: rows are worked through a few at a time, in float32.
+    Autograd would keep several [B, V] tensors, which fill the memory at V = 49,408. Here the
+    gradient is the only one beside the logits; it is made a few rows at a time, in float32.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        lse = torch.empty(len(logits), device=logits.device)  # [B]
-        rows = rows_at_once(logits)
-        for piece, x in zip(lse.split(rows), logits.split(rows), strict=True):
-            torch.logsumexp(x.float(), dim=1, out=piece)
-        ctx.save_for_backward(logits, labels, targets, lse)
-        chosen = logits.gather(1, labels).float()  # [B, K]
-        return (targets.sum(dim=1) * lse - (targets * chosen).sum(dim=1)).mean()
+    def forward(ctx, logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        lse = torch.cat([x.float().logsumexp(dim=1) for x in logits.split(rows_at_once(logits))])
+        ctx.save_for_backward(logits, tokens, targets, lse)
+        x = logits.gather(1, tokens).float()  # [B, K], the logits of the caption's own tokens
+        return (targets.sum(dim=1) * lse - (targets * x).sum(dim=1)).mean()
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        logits, labels, targets, lse = ctx.saved_tensors
-        targets = targets * (grad_loss / len(logits))
-        scale = targets.sum(dim=1, keepdim=True)  # [B, 1]; zero where a caption has nothing to say
-        gradient = torch.empty_like(logits)
-        tensors = gradient, logits, labels, targets, lse[:, None], scale
-        pieces = zip(*(t.split(rows_at_once(logits)) for t in tensors), strict=True)
-        for rows, x, ids, target, log_sum, factor in pieces:
-            scaled_softmax = (x.float() - log_sum).exp_().mul_(factor)  # [rows, V]
-            rows.copy_(scaled_softmax.scatter_add_(1, ids, -target))
-        return gradient, None, None
+        logits, tokens, targets, lse = ctx.saved_tensors
+        targets = targets * (grad_loss / len(logits))  # [B, K]
+        total = targets.sum(dim=1, keepdim=True)  # [B, 1]; zero where a caption has no weight
+        grad = torch.empty_like(logits)
+        rows = rows_at_once(logits)
+        for start in range(0, len(logits), rows):
+            few = slice(start, start + rows)
+            softmax = (logits[few].float() - lse[few, None]).exp_()  # [rows, V]
+            grad[few] = softmax.mul_(total[few]).scatter_add_(1, tokens[few], -targets[few])
+        return grad, None, None
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """Rows of logits [B, V] that fit a CPU's cache, or that keep a GPU busy."""
+    """How many rows of logits [B, V] fit a CPU's cache, or keep a GPU busy."""
     return max(1, 2 ** (17 if logits.device.type == "cpu" else 24) // logits.shape[1])

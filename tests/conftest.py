@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+torch.set_num_threads(1)  # as in the processes that tests start: sums depend on the number
 ROOT = Path(__file__).parent.parent
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (20, 60, 220)}
 
@@ -31,6 +33,13 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
 
 def caption(i: int) -> str:
     return f"a {list(COLOURS)[i % 3]} picture number {i % 10}"
+
+
+def as_labels(ids: torch.Tensor) -> torch.Tensor:
+    """Token ids [B, K] with repeats -> labels: the set of each row, padded with -1."""
+    rows = [sorted(set(row) - {-1}) for row in ids.tolist()]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [-1] * (longest - len(row)) for row in rows], dtype=torch.int64)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]):

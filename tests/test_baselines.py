@@ -1,28 +1,40 @@
 """The other losses and CLIP against dense float64 versions, peers, and themselves on two ranks."""
 
+import copy
 import math
+import queue
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
+import torchvision
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import baselines
-from baselines import CLIP, LOSSES, TextTower, contrastive_loss, supervised_loss
-from superclass import ViT
+from baselines import (
+    CLIP,
+    LOSSES,
+    SuperCLIP,
+    TextTower,
+    build_encoder,
+    contrastive_loss,
+    supervised_loss,
+)
+from superclass import IDF, SuperClass, ViT, superclass_loss
+from tests.conftest import as_labels
 
 B, K, V = 7, 6, 23
 
 
 @pytest.fixture
 def labels():
-    """Sets with repeats and padding; one caption of a single token, one token in every caption."""
+    """Sets with padding; one caption of a single token, one token in every caption."""
     torch.manual_seed(1)
     labels = torch.randint(-1, V, (B, K))
     labels[3] = 5
     labels[:, 0] = 5
-    return labels
+    return as_labels(labels)
 
 
 def dense(labels):
@@ -109,13 +121,40 @@ def test_supervised_loss_is_the_mean_over_attributes():
     torch.testing.assert_close(supervised_loss(logits, targets, [2, 3]), expected)
 
 
-# ------------------------------------------------------------------------------------------------
-# CLIP.
-
-
-def tiny_clip(locked=False):
+@pytest.mark.parametrize(("name", "width"), [("resnet50", 2048), ("convnext_tiny", 768)])
+def test_torchvisions_networks_give_tokens_and_keep_their_names(name, width):
     torch.manual_seed(0)
-    return CLIP(ViT(16, 8, 32, 2, 2), TextTower(V, 24, 2, 2, max_tokens=K), locked)
+    network, images = torchvision.models.get_model(name).eval(), torch.randn(2, 3, 64, 64)
+    model = SuperClass(build_encoder(name, 64), 30).eval()
+    missing, unexpected = network.load_state_dict(model.encoder.state_dict(), strict=False)
+    assert unexpected == [] and all(key.startswith(("fc.", "classifier.")) for key in missing)
+    with torch.no_grad():
+        tokens = model.encoder(images)
+        assert tokens.shape == (2, 4, width) and model(images).shape == (2, 30)
+        maps = create_feature_extractor(network, {"avgpool": "pooled"})(images)["pooled"]
+        torch.testing.assert_close(tokens.mean(dim=1), maps.flatten(1))
+    with pytest.raises(ValueError, match="32 px or more"):
+        build_encoder(name, 28)
+
+
+def test_other_names_are_vits_or_refused():
+    assert isinstance(build_encoder("XS/8", 32), ViT)
+    with pytest.raises(ValueError, match="unknown model 'resnet51'"):
+        build_encoder("resnet51", 64)
+
+
+# ------------------------------------------------------------------------------------------------
+# CLIP and SuperCLIP.
+
+
+def tiny_clip(kind=CLIP, **options):
+    torch.manual_seed(0)
+    return kind(ViT(16, 8, 32, 2, 2), TextTower(V, 24, 2, 2, max_tokens=K), **options)
+
+
+def superclip_loss(outputs, tokens, weights):
+    contrast, logits = outputs
+    return contrastive_loss(*contrast) + superclass_loss(logits, as_labels(tokens), weights)
 
 
 def test_a_text_sees_neither_padding_nor_the_batch():
@@ -136,6 +175,8 @@ def test_a_token_sees_only_those_before_it():
 
 
 def test_contrastive_loss_is_openclips():
+    from open_clip.loss import ClipLoss  # slow to import, in each process of the last test, too
+
     images = F.normalize(torch.randn(9, 16), dim=1).requires_grad_()
     texts = F.normalize(torch.randn(9, 16), dim=1).requires_grad_()
     scale = torch.tensor(12.0, requires_grad=True)
@@ -174,9 +215,52 @@ def test_clip_starts_near_log_batch():
     assert loss.item() == pytest.approx(math.log(32), abs=0.1)
 
 
-def one_rank(rank: int, world: int, path: str, queue):
-    """A rank's gradients of CLIP and of the two-way loss, averaged as DDP does."""
-    torch.set_num_threads(1)
+def dense_superclip(model, images, tokens, weights):
+    """Both losses from the pooled features on, pair by pair and token by token, in float64."""
+    features = model.encoder(images).mean(dim=1)
+    u, v = model.image_proj(features), model.text_proj(model.text(tokens))
+    u, v = u / u.square().sum(dim=1, keepdim=True).sqrt(), v / v.square().sum(1, True).sqrt()
+    cosines = model.log_scale.exp() * u @ v.T
+    contrast = classify = 0.0
+    for i in range(len(images)):
+        contrast = contrast + cosines[i].exp().sum().log() + cosines[:, i].exp().sum().log()
+        contrast = contrast - 2 * cosines[i, i]
+        x = features[i] - features[i].mean()
+        x = x / (x.square().mean() + 1e-6).sqrt() * model.norm.weight + model.norm.bias
+        log_p = (model.head.weight @ x + model.head.bias).log_softmax(dim=0)
+        caption = set(tokens[i].tolist()) - {-1}
+        total = sum(weights[token] for token in caption)
+        classify = classify - sum(weights[token] / total * log_p[token] for token in caption)
+    return contrast / (2 * len(images)) + classify / len(images)
+
+
+def test_superclip_is_the_sum_of_two_dense_losses_in_float64():
+    model = tiny_clip(SuperCLIP)
+    images, tokens, weights = torch.randn(B, 3, 16, 16), torch.randint(V, (B, K)), torch.rand(V)
+    tokens[2, 3:] = -1
+    twin = copy.deepcopy(model).double()
+    loss = superclip_loss(model(images, tokens), tokens, weights)
+    expected = dense_superclip(twin, images.double(), tokens, weights.double())
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    twins = dict(twin.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.double(), twins[name].grad, rtol=1e-4, atol=1e-6)
+    assert model.head.weight.grad.abs().max() > 0 < model.text_proj.weight.grad.abs().max()
+
+
+def test_superclips_head_is_superclasss():
+    model, images = tiny_clip(SuperCLIP), torch.randn(2, 3, 16, 16)
+    plain = SuperClass(model.encoder, V)
+    plain.norm, plain.head = model.norm, model.head
+    contrast, logits = model(images, torch.randint(V, (2, K)))
+    torch.testing.assert_close(logits, plain(images))
+    assert torch.equal(model.features(images), plain.features(images)) and len(contrast) == 3
+
+
+def one_rank(rank: int, world: int, path: str, results):
+    """A rank's gradients of CLIP, SuperCLIP and the two-way loss, averaged as DDP does."""
     if world > 1:
         store = f"file://{path}"
         torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world)
@@ -184,35 +268,37 @@ def one_rank(rank: int, world: int, path: str, queue):
     images, tokens = torch.randn(8, 3, 16, 16), torch.randint(V, (8, K))
     logits = torch.randn(8, V, requires_grad=True)
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
-    model = tiny_clip()
-    loss = contrastive_loss(*model(images[mine], tokens[mine]))
-    two_way = LOSSES["two_way"](logits[mine], tokens[mine])
-    (loss + two_way).backward()
-    values = [torch.stack([loss.detach(), two_way.detach()]), logits.grad]
-    values += [p.grad for p in model.parameters()]
+    model, both, idf = tiny_clip(), tiny_clip(SuperCLIP), IDF(V)
+    idf.update(as_labels(tokens[mine]))  # counts the other rank's captions, too
+    losses = [
+        contrastive_loss(*model(images[mine], tokens[mine])),
+        superclip_loss(both(images[mine], tokens[mine]), tokens[mine], idf.weights()),
+        LOSSES["two_way"](logits[mine], as_labels(tokens[mine])),
+    ]
+    sum(losses).backward()
+    values = [torch.stack(losses).detach(), logits.grad, idf.df.float(), idf.n.float()]
+    values += [p.grad for p in (*model.parameters(), *both.parameters())]
     for value in values:
         if world > 1:
             torch.distributed.all_reduce(value)
             value /= world
     if rank == 0:
-        queue.put([value.numpy() for value in values])
+        results.put([value.numpy() for value in values])
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
-    context, results = mp.get_context("spawn"), []
-    for world in (1, 2):
-        queue = context.Queue()
-        ranks = [
-            context.Process(target=one_rank, args=(rank, world, str(tmp_path / "store"), queue))
-            for rank in range(world)
-        ]
-        for process in ranks:
-            process.start()
-        results.append(queue.get(timeout=120))
-        for process in ranks:
-            process.join()
-            assert process.exitcode == 0
+    alone = queue.SimpleQueue()
+    one_rank(0, 1, "", alone)
+    context = mp.get_context("spawn")
+    together, store = context.Queue(), str(tmp_path / "store")
+    ranks = [context.Process(target=one_rank, args=(r, 2, store, together)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    results = alone.get(), together.get(timeout=120)
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-4, atol=1e-6)
