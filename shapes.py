@@ -56,7 +56,8 @@ def scene_of(i: int, split: str) -> dict:
     shape, colour = rng.integers(8, size=2).tolist()
     radius = rng.uniform(0.32, 0.42)  # as the place, in sides of the image
     x, y = rng.uniform(0.42, 0.58, size=2)
-    scene = {"rng": rng, "split": split, "shape": shape, "colour": colour}
+    side = "left" if x < 0.46 else "right" if x > 0.54 else "middle"
+    scene = {"rng": rng, "i": i, "split": split, "shape": shape, "colour": colour, "side": side}
     return scene | {"radius": radius, "x": x, "y": y}
 
 
@@ -73,13 +74,23 @@ def caption(scene: dict) -> str:
     shape = word(rng, ATTRIBUTES["shape"][scene["shape"]])
     words.append(shape if rng.random() < 0.85 else "thing")
     if rng.random() < 0.3:
-        x = scene["x"]
-        words.append(SIDES["left" if x < 0.46 else "right" if x > 0.54 else "middle"])
+        words.append(SIDES[scene["side"]])
     if rng.random() < 0.4:
         words.append(pick(rng, ENDINGS))
     if rng.random() < 0.2:
         words.append(f"img_{rng.integers(1000, 9999)}.jpg")
     return " ".join(word for word in words if word)
+
+
+def question(scene: dict) -> tuple[str, str]:
+    """A question about the picture and its answer, one word, which is always right.
+
+    Its random numbers are its own, so that caption and picture are the same with or without it.
+    """
+    shape, colour = (ATTRIBUTES[name][scene[name]][0] for name in ("shape", "colour"))
+    questions = [("what shape is this?", shape), ("what colour is it?", colour)]
+    questions.append(("on which side is it?", scene["side"]))
+    return pick(np.random.default_rng((scene["i"], scene["split"] != "train", 1)), questions)
 
 
 def word(rng: np.random.Generator, names: list[str]) -> str:
