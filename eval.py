@@ -1,176 +1,83 @@
-"""Evaluation of runs: linear probe, few-shot, zero-shot, retrieval, and tables of several runs.
+"""Evaluation of runs: zero-shot, probe, few-shot, retrieval, captions, and tables of several runs.
 
-    python eval.py probe|fewshot|zeroshot|retrieval RUN [--data SPEC] [--val-data SPEC]
+    python eval.py zeroshot|probe|fewshot|retrieval|caption RUN [--data SPEC] [--val-data SPEC]
     python eval.py table RUN [RUN ...]
 
-Each of the first prints a table, a row for each attribute that the source has classes for, and
-appends the rows to RUN/eval.jsonl. The encoder is frozen throughout; features are extracted once.
-`table` collects these rows over runs that differ in nothing but their seed.
+Each task but `table` prints a table, with one row for each attribute that the source has classes
+for, and appends the rows to RUN/eval.jsonl. The encoder is frozen throughout. `table` collects
+these rows over runs that differ only in their seed.
 
-Letters in the shapes:  N images,  M captions,  D width,  C classes,  V vocabulary.
+Letters in shapes:  N images,  M captions,  D width,  C classes,  V vocabulary.
 """
 
 import argparse
 import functools
 import json
 import math
+import re
 import statistics
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter as HelpFormatter
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines import CLIP, build_text_tower
-from data import (
-    BUILT_IN,
-    KINDS,
-    CenterCrop,
-    OnePass,
-    Prepare,
+from baselines import CLIP
+from caption import generate
+from data import CenterCrop, OnePass, Prepare, batches, describe, normalize, pad, refuse_if_bad
+from run import (
+    MAY_CHANGE,
+    Run,
     UserError,
-    batches,
-    load_source,
-    normalize,
-    refuse_if_bad,
-    tell_skipped,
+    append_jsonl,
+    load_run,
+    number,
+    open_sources,
+    own_rows,
+    pick_device,
+    publish,
+    read_config,
+    read_jsonl,
 )
-from superclass import IDF, SuperClass, build_encoder
-from tokenizer import caption_labels, caption_tokens, read_tokenizer
-
-# ------------------------------------------------------------------------------------------------
-# Runs.
-
-
-class Run(NamedTuple):
-    """What a run's folder holds, ready for use."""
-
-    folder: Path
-    config: dict
-    tokenizer: object
-    model: SuperClass | CLIP
-    idf: IDF
-    step: int
-
-
-def read_config(folder: Path) -> dict:
-    """The run's config.json; UserError when there is none."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError:
-        raise UserError(f"{folder} holds no run: there is no config.json in it") from None
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is damaged: it is no JSON object")
-    return config
-
-
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint's tensors; no code in it is ever run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"checkpoint {path} is damaged and cannot be read: {reason}") from None
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU."""
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(
-            f"device '{name}' is unknown or not available here: use auto, cuda, mps or cpu"
-        ) from None
-    return device
-
-
-def build_model(config: dict) -> SuperClass | CLIP:
-    """The untrained model of a run's objective."""
-    encoder = build_encoder(config["model"], config["image_size"])
-    if config["objective"] in ("clip", "lit"):
-        text = build_text_tower(config["model"], config["vocab_size"])
-        return CLIP(encoder, text, locked=config["objective"] == "lit")
-    outputs = config["vocab_size"]
-    if config["objective"] == "supervised":
-        outputs = sum(map(len, config["classes"].values()))
-    return SuperClass(encoder, outputs)
-
-
-def load_run(folder: Path, device: torch.device) -> Run:
-    """Load a run for evaluation.
-
-    Raises UserError when the folder holds no run or a damaged one.
-    """
-    config = read_config(folder)
-    state = read_checkpoint(folder / "checkpoint.pt")
-    try:
-        model, idf = build_model(config), IDF(config["vocab_size"])
-        model.load_state_dict(state["model"])
-        idf.load_state_dict(state["idf"])
-        tokenizer, step = read_tokenizer(folder / "tokenizer.tiktoken", config), state["step"]
-    except UserError:
-        raise
-    except Exception as error:  # files that were changed can contradict each other anywhere
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{folder} is damaged: its files do not fit together ({type(error).__name__}: {reason})"
-        ) from None
-    return Run(folder, config, tokenizer, model.to(device).eval(), idf.to(device), step)
-
+from superclass import IDF, SuperClass
+from tokenizer import caption_labels, caption_tokens
 
 # ------------------------------------------------------------------------------------------------
 # Features.
 
 
 @torch.inference_mode()
-def extract(model, source, image_size: int, batch_size=256, workers=2, limit=None, tokenizer=None):
-    """Features [N, D] (float32, on the CPU) and targets [N, A] of a source, `limit` images at most.
+def extract(run: Run, source, limit: int | None = None, workers: int = 2, captioned: bool = False):
+    """Features [N, D] (float32, on the CPU), targets [N, A] and N lists of token ids of a source.
 
-    With a tokenizer also N lists of the captions' token ids, in their order. Images are resized and
-    centre-cropped. Bad samples are skipped; past a tenth this raises UserError.
+    Images are resized and centre-cropped; a limit takes so many at most. Bad samples are skipped;
+    more than a tenth of them raise UserError. Unless `captioned`, the lists are empty.
     """
-    device = next(model.parameters()).device
-    training, features, targets, tokens = model.training, [], [], []
-    skipped = torch.zeros(len(KINDS), dtype=torch.int64)
-    model.eval()
-    prepare = Prepare(CenterCrop(image_size), tokenizer, encode=caption_tokens)
-    for batch in batches(OnePass(source, prepare, batch_size, limit), workers, device):
-        skipped = skipped + batch["skipped"]
-        if "images" in batch:
-            images = normalize(batch["images"].to(device, non_blocking=True))
-            features.append(model.features(images).float().cpu())
-            targets.append(batch["targets"])
-            tokens += [row[row >= 0].tolist() for row in batch["labels"]]
-    model.train(training)
+    training, features, targets, tokens, skipped = run.model.training, [], [], [], Counter()
+    run.model.eval()
+    tokenizer = run.tokenizer if captioned else None
+    prepare = Prepare(CenterCrop(run.config.image_size), tokenizer)
+    for batch in batches(OnePass(source, prepare, BATCH, limit), workers, run.idf.df.device):
+        skipped.update(bad.kind for bad in batch.bad)
+        if len(batch.images):
+            features.append(run.model.features(normalize(batch.images)).float().cpu())
+            targets.append(batch.targets.cpu())
+            tokens += [row[row >= 0].tolist() for row in batch.tokens]
+    run.model.train(training)
     refuse_if_bad(sum(map(len, targets)), skipped)
     if not targets:
         raise UserError("there is no image to evaluate")
-    if skipped.any():
-        print(f"skipped {tell_skipped(skipped)}, of {source}", file=sys.stderr)
-    found = torch.cat(features), torch.cat(targets)
-    if not found[0].isfinite().all():
-        raise UserError("the features are not finite numbers: the run's weights are damaged")
-    return (*found, tokens) if tokenizer else found
+    if skipped:
+        print(f"skipped {describe(skipped)}, of {source}", file=sys.stderr)
+    features = torch.cat(features)
+    if not features.isfinite().all():
+        raise UserError("the features are not finite: the run's weights are damaged")
+    return features, torch.cat(targets), tokens
 
 
 def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
@@ -182,6 +89,8 @@ def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------
 # The measurements.
 
+BATCH = 256  # images at a time
+DRAWS = 3  # of the shots of `fewshot`
 log_softmax = functools.partial(F.log_softmax, dim=1)
 LOG_PROBABILITY = defaultdict(lambda: log_softmax)  # by --loss
 LOG_PROBABILITY |= dict.fromkeys(["bce", "asl", "soft_margin"], F.logsigmoid)
@@ -193,21 +102,19 @@ def zeroshot(
     tokenizer,
     features: Tensor,
     names: list[list[str]],
-    prior: bool = False,
     log_probability: Callable = log_softmax,
 ) -> Tensor:
     """Scores [N, C] of classes for pooled features [N, D], from the pretraining head alone.
 
-    The score of a name is the IDF-weighted mean of log softmax(x) over its tokens (a caption with
-    that text would have the loss -score); a class scores the mean over its names. This is ours:
-    the paper trains a text tower for it.
+    A name scores the IDF-weighted mean of log softmax(x) over its tokens (a caption with that text
+    would have the loss -score); a class scores the mean over its names. This is ours: the paper
+    trains a text tower for zero-shot.
 
     Args:
         names: the names of each class.
-        prior: subtract each token's log-frequency, so that common names lose their head start.
-        log_probability: of logits [n, V]; F.logsigmoid for a head trained with such a loss.
+        log_probability: of logits [n, V]; F.logsigmoid for a head trained with a sigmoid loss.
     Raises:
-        UserError: when no token of a class's names occurred in training.
+        UserError: if no token of a class's names occurred in training.
     """
     owners = [c for c, aliases in enumerate(names) for _ in aliases]
     bags = token_bags(idf, [caption_labels(name, tokenizer) for ns in names for name in ns])
@@ -217,14 +124,14 @@ def zeroshot(
             raise UserError(
                 f"no token of the class name '{aliases[0]}' occurred in training: give other names"
             )
-    scores = score_bags(model, idf, features, bags, prior, log_probability)
+    scores = score_bags(model, idf, features, bags, log_probability)
     return mean_over_names(scores, [c if known[i] else -1 for i, c in enumerate(owners)])
 
 
 def token_bags(idf: IDF, labels: list[list[int]]) -> Tensor:
-    """For each of M token sets its IDF weights, normalised: sparse [M, V], rows summing to one.
+    """The IDF weights of each of M token sets, normalised: sparse [M, V], rows that sum to one.
 
-    Tokens that never occurred in training have no weight. A row without any token stays empty.
+    Tokens that never occurred in training get no weight. A row without any other token is empty.
     """
     weights = torch.ones(len(idf.df)) if idf.n == 0 else idf.weights().cpu() * (idf.df.cpu() > 0)
     rows = torch.tensor([i for i, row in enumerate(labels) for _ in row], dtype=torch.int64)
@@ -237,19 +144,18 @@ def token_bags(idf: IDF, labels: list[list[int]]) -> Tensor:
 
 @torch.inference_mode()
 def score_bags(
-    model: SuperClass, idf: IDF, features: Tensor, bags: Tensor, prior=False, log_p=log_softmax
+    model: SuperClass, idf: IDF, features: Tensor, bags: Tensor, log_p=log_softmax
 ) -> Tensor:
     """Scores [N, M]: the mean log-probability of each of M `token_bags` for features [N, D]."""
-    frequency = (idf.df / idf.n.clamp(min=1)).clamp(min=1e-9).log() if prior else 0.0
     scores = []
-    for x in features.to(idf.df.device).split(256):
-        x = log_p(model.head(model.norm(x)).float()) - frequency  # [n, V]
+    for x in features.to(idf.df.device).split(BATCH):
+        x = log_p(model.head(model.norm(x)).float())  # [n, V]
         scores.append(torch.sparse.mm(bags, x.T.cpu()).T)
     return torch.cat(scores)
 
 
 def mean_over_names(scores: Tensor, owners: list[int]) -> Tensor:
-    """Scores of names [N, M] -> of classes [N, C]; owners are the classes, -1 for no use."""
+    """Scores of names [N, M] -> of classes [N, C]; `owners` are the names' classes, -1 for none."""
     owners = torch.tensor(owners)
     mean = F.one_hot(owners[owners >= 0]).to(scores.dtype)
     return scores[:, owners >= 0] @ (mean / mean.sum(dim=0))
@@ -275,12 +181,8 @@ def zeroshot_by_text(
 @torch.inference_mode()
 def embed_texts(model: CLIP, tokens: list[list[int]]) -> Tensor:
     """Token ids of M texts -> unit vectors [M, E], on the CPU."""
-    device, embedded = model.log_scale.device, []
-    for i in range(0, len(tokens), 256):
-        rows = [torch.tensor(row, dtype=torch.int64) for row in tokens[i : i + 256]]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        embedded.append(model.embed_texts(padded.to(device)).cpu())
-    return torch.cat(embedded)
+    pieces = (pad(tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH))
+    return torch.cat([model.embed_texts(ids.to(model.log_scale.device)).cpu() for ids in pieces])
 
 
 @torch.inference_mode()
@@ -292,9 +194,9 @@ def embed_images(model: CLIP, features: Tensor) -> Tensor:
 def retrieval(scores: Tensor, captions: Tensor, at=(1, 5, 10)) -> dict[str, float]:
     """Recall at k of image -> caption and caption -> image, shares in [0, 1].
 
-    A caption is found when fewer than k others score as well or better with its image; an image
-    when fewer than k of other captions do with its caption. Images that share their text are one
-    answer: none of them can be asked for alone.
+    A caption is found if fewer than k others score as well or better with its image; an image if
+    fewer than k images of other captions do with its caption. Images with the same text count as
+    one answer, because none of them can be asked for alone.
 
     Args:
         scores: [N, M], of N images and M different captions.
@@ -315,9 +217,8 @@ def probe(
 ) -> tuple[Tensor, float]:
     """Linear probe (section 4, after MAE): batch norm without affine, then one linear layer.
 
-    The penalty is the best of five on a tenth of the training set held out; then all of it is
-    fitted. The problem is convex, so L-BFGS replaces the paper's SGD and has no learning rate to
-    tune.
+    The penalty is the best of five on a held-out tenth of the training set; then all of the set is
+    fitted. The problem is convex, so L-BFGS replaces the paper's SGD: no learning rate to tune.
 
     Returns: scores [N, C] of the validation features, and the penalty.
     """
@@ -361,7 +262,7 @@ def fewshot(train: Tensor, labels: Tensor, val: Tensor, classes: int, shots: int
     X standardised and a constant column of 100 as the nearly free bias, Y one-hot in {-1, 1} and
     l2 = 1024. Setting the gradient to zero gives (X^T X + l2 I) W = X^T Y.
 
-    Returns: scores [N, C] of the validation features. Raises UserError for a class with too few.
+    Returns: scores [N, C] of the validation features. Raises UserError for too small a class.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = []
@@ -391,31 +292,30 @@ def top1(scores: Tensor, labels: Tensor) -> float:
 PROMPTS = ["a {}", "a photo of a {}", "a picture of the {}"]  # for a text tower; the head: names
 
 
-def classify(run: Run, attribute: int, names: list[list[str]], features: Tensor, **options):
+def classify(
+    run: Run, task: str, attribute: int, names: list[list[str]], features: Tensor, options: dict
+) -> Tensor:
     """The scores [N, C] of a run's own way to tell classes apart without training for it.
 
-    By its text tower, where it has one; by the head over the vocabulary; for a supervised run,
-    which has trained for it, by the outputs of this attribute.
+    "zeroshot" is by the text tower if there is one, else by the head over the vocabulary; "head" is
+    by SuperCLIP's head, or by a supervised run's outputs for this attribute.
     """
-    prior, prompts = options.get("prior", False), options.get("prompts")
-    if prior and run.config["objective"] != "superclass":
-        raise UserError("--prior is for the head of a SuperClass run: this one has none")
-    if run.config["objective"] == "supervised":
+    model, prompts = run.model, options.get("prompts")
+    if run.config.objective == "supervised":
         if prompts:
-            raise UserError("--prompt is for runs that know words: a supervised one does not")
-        classes = list(run.config["classes"].values())
+            raise UserError("a supervised run knows no words, so it takes no --prompt")
+        classes = list(run.config.classes.values())
         if names != classes[attribute]:
-            raise UserError("a supervised run knows its own classes only: give data that has them")
+            raise UserError("a supervised run knows only its own classes: give data that has them")
         with torch.inference_mode():
-            x = features.to(run.model.head.weight.device)
-            scores = run.model.head(run.model.norm(x)).float().cpu()
+            scores = model.head(model.norm(features.to(run.idf.df.device))).float().cpu()
         return scores.split(list(map(len, classes)), dim=1)[attribute]
-    if isinstance(run.model, CLIP):
-        return zeroshot_by_text(run.model, run.tokenizer, features, names, prompts or PROMPTS)
+    if task == "zeroshot" and isinstance(model, CLIP):
+        return zeroshot_by_text(model, run.tokenizer, features, names, prompts or PROMPTS)
     if prompts:
         names = [[prompt.replace("{}", name) for name in ns for prompt in prompts] for ns in names]
-    log_p = LOG_PROBABILITY[run.config["loss"]]
-    return zeroshot(run.model, run.idf, run.tokenizer, features, names, prior, log_p)
+    log_p = LOG_PROBABILITY[run.config.loss]
+    return zeroshot(model, run.idf, run.tokenizer, features, names, log_p)
 
 
 def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
@@ -423,18 +323,24 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
 
     Args:
         train: the source whose images the probe and the shots come from.
-        options: shots, draws, prior, prompts, workers, batch_size, limit (training images at most).
+        options: limit (of training images), workers, shots, prompts.
     """
+    if tasks == ["caption"]:
+        return [measure_captions(run, val, options)]
+    if tasks == ["retrieval"]:
+        return [measure_retrieval(run, val, options)]
     if not val.attributes:
         raise UserError("the validation data has no classes: give class folders or a label column")
-    loading = {key: options[key] for key in ("workers", "batch_size") if key in options}
-    size = run.config["image_size"]
-    features, targets = extract(run.model, val, size, **loading)
-    if set(tasks) != {"zeroshot"}:
-        if list(train.attributes.values()) != list(val.attributes.values()):
-            raise UserError("training and validation data have other classes: give --class-names")
-        limit = options.get("limit")
-        train_features, train_targets = extract(run.model, train, size, limit=limit, **loading)
+    if run.config.objective == "supervised":
+        tasks = ["head" if task == "zeroshot" else task for task in tasks]
+    elif run.config.objective == "superclip" and "zeroshot" in tasks:
+        tasks = ["head", *tasks]
+    workers, trains = options.get("workers", 2), {"probe", "fewshot"} & set(tasks)
+    if trains and list(train.attributes.values()) != list(val.attributes.values()):
+        raise UserError("training and validation data have other classes: give --class-names")
+    features, targets, _ = extract(run, val, workers=workers)
+    if trains:
+        train_features, train_targets, _ = extract(run, train, options.get("limit"), workers)
     rows = []
     for (a, (attribute, names)), task in product(enumerate(val.attributes.items()), tasks):
         known = targets[:, a] >= 0  # the images that have a label
@@ -444,76 +350,137 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
         if task == tasks[0] and len(y) < len(known):
             print(f"{len(known) - len(y)} images have no {attribute}", file=sys.stderr)
         row = {"task": task, "attribute": attribute, "classes": classes, "images": len(y)}
-        if task == "zeroshot":
-            if run.config["objective"] == "supervised":
-                row["task"] = "head"
-            elif not isinstance(run.model, CLIP):
-                row["prior"] = options.get("prior", False)
-            rows.append(row | {"top1": top1(classify(run, a, names, x, **options), y)})
+        if task in ("zeroshot", "head"):
+            rows.append(row | {"top1": top1(classify(run, task, a, names, x, options), y)})
             continue
         known = train_targets[:, a] >= 0
         train_x, train_y = train_features[known], train_targets[known, a]
         if task == "probe":
             if len(train_y) < 10:
                 raise UserError(f"a probe on {len(train_y)} labelled training images: give ten")
-            device = run.idf.df.device
-            scores, penalty = probe(*(t.to(device) for t in (train_x, train_y, x)), classes)
+            moved = (t.to(run.idf.df.device) for t in (train_x, train_y, x))
+            scores, penalty = probe(*moved, classes)
             row |= {"top1": top1(scores.cpu(), y), "penalty": penalty, "train": len(train_y)}
         if task == "fewshot":
-            shots, draws = options.get("shots", 10), options.get("draws", 3)
+            shots = options.get("shots", 10)
             few = train_y.bincount(minlength=classes).min()
             if few < shots and len(tasks) > 1:
                 print(f"no {shots}-shot: a class has {few} training images", file=sys.stderr)
                 continue
-            draw = [fewshot(train_x, train_y, x, classes, shots, seed) for seed in range(draws)]
-            mean, deviation = mean_and_deviation([top1(scores, y) for scores in draw])
-            row |= {"top1": mean, "deviation": deviation, "shots": shots, "draws": draws}
+            draws = [fewshot(train_x, train_y, x, classes, shots, seed) for seed in range(DRAWS)]
+            mean, deviation = mean_and_deviation([top1(scores, y) for scores in draws])
+            row |= {"top1": mean, "deviation": deviation, "shots": shots, "draws": DRAWS}
         rows.append(row)
     return rows
 
 
-def measure_retrieval(run: Run, val, **options) -> list[dict]:
+def measure_retrieval(run: Run, val, options: dict) -> dict:
     """The row of `retrieval` among the images of a source and their captions.
 
-    By the text tower, where there is one; else a caption is a bag of tokens, scored as a class's
-    name is.
+    By the text tower if there is one; otherwise a caption is a bag of tokens and scored like a
+    class name.
     """
-    if run.config["objective"] == "supervised":
-        raise UserError("a supervised run knows no captions: retrieval needs another objective")
-    loading = {key: options[key] for key in ("workers", "batch_size", "limit")}
-    size = run.config["image_size"]
-    features, _, tokens = extract(run.model, val, size, tokenizer=run.tokenizer, **loading)
+    if run.config.objective in ("supervised", "caption"):
+        raise UserError(f"retrieval needs a head over words or a text tower: {run.folder} has none")
+    features, _, tokens = extract(run, val, options.get("limit"), options["workers"], True)
     if not isinstance(run.model, CLIP):
         tokens = [sorted(set(row)) for row in tokens]
     texts = sorted(set(map(tuple, tokens)))
-    number = {text: m for m, text in enumerate(texts)}
-    captions = torch.tensor([number[tuple(row)] for row in tokens])
+    index = {text: m for m, text in enumerate(texts)}
+    captions = torch.tensor([index[tuple(row)] for row in tokens])
     if isinstance(run.model, CLIP):
         scores = embed_images(run.model, features) @ embed_texts(run.model, texts).T
     else:
-        bags, log_p = token_bags(run.idf, texts), LOG_PROBABILITY[run.config["loss"]]
-        scores = score_bags(run.model, run.idf, features, bags, options["prior"], log_p)
+        bags, log_p = token_bags(run.idf, texts), LOG_PROBABILITY[run.config.loss]
+        scores = score_bags(run.model, run.idf, features, bags, log_p)
     row = {"task": "retrieval", "images": len(captions), "captions": len(texts)}
-    return [row | retrieval(scores, captions)]
+    return row | retrieval(scores, captions)
+
+
+def measure_captions(run: Run, val, options: dict) -> dict:
+    """The row of `caption`: CIDEr of the generated texts, and the share that equals a reference.
+
+    Rows with the same pixels and question are one image with several references. The texts are
+    written to captions.jsonl in the run's folder.
+    """
+    if run.config.objective != "caption":
+        raise UserError(f"{run.folder} has no language model: train one with --objective caption")
+    model, decode, texts, skipped = run.model.eval(), run.tokenizer.decode, {}, Counter()
+    prepare = Prepare(CenterCrop(run.config.image_size), run.tokenizer)
+    dataset = OnePass(val, prepare, BATCH // 4, options.get("limit"))  # logits are [B, K, V]
+    for batch in batches(dataset, options["workers"], run.idf.df.device):
+        skipped.update(bad.kind for bad in batch.bad)
+        if not len(batch.images):
+            continue
+        answers = generate(model, normalize(batch.images), batch.questions)
+        rows = zip(batch.images.cpu(), batch.questions, batch.tokens, answers, strict=True)
+        for image, *ids, answer in rows:
+            question, reference = (decode(row[row >= 0].tolist()).strip() for row in ids)
+            text = {"question": question, "generated": decode(answer).strip(), "references": []}
+            key = hash((image.numpy().tobytes(), question))
+            texts.setdefault(key, text)["references"].append(reference)
+    refuse_if_bad(len(texts), skipped)
+    hypotheses = [text["generated"] for text in texts.values()]
+    if not any(hypotheses):
+        raise UserError(f"all {len(texts)} generated texts are empty: train longer")
+    references = [text["references"] for text in texts.values()]
+    publish("".join(json.dumps(t) + "\n" for t in texts.values()), run.folder / "captions.jsonl")
+    exact = [text in some for text, some in zip(hypotheses, references, strict=True)]
+    row = {"task": "caption", "images": len(texts), "cider": cider(hypotheses, references)}
+    return row | {"exact": sum(exact) / len(exact)}
+
+
+def cider(hypotheses: list[str], references: list[list[str]]) -> float:
+    """Agreement of captions with their references, 0 to 10: CIDEr-D, coco-caption's "CIDEr".
+
+    Two texts are compared by the cosine of their n-grams' tf-idf vectors, where a repeated n-gram
+    counts at most as often as in the reference, and less the more their lengths differ (Vedantam et
+    al., 2015). The score is the mean over n from 1 to 4, the references and the images, times 10.
+    An n-gram that all images have in their references has weight 0, so a single image scores 0.
+    Papers print 100 times this number.
+
+    Args:
+        hypotheses: a caption for each image.
+        references: for each image one caption or more.
+    """
+
+    def grams(text: str) -> list[Counter]:
+        words = re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+        return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
+
+    def weigh(counts: Counter) -> dict:
+        return {gram: tf * math.log(N / max(1, df[gram])) for gram, tf in counts.items()}
+
+    def similarity(hypothesis: list[Counter], reference: list[Counter]) -> float:
+        total = 0.0
+        for h, r in zip(map(weigh, hypothesis), map(weigh, reference), strict=True):
+            dot = sum(min(weight, r.get(gram, 0)) * r.get(gram, 0) for gram, weight in h.items())
+            total += dot / (math.hypot(*h.values()) * math.hypot(*r.values()) or 1)
+        longer = hypothesis[1].total() - reference[1].total()
+        return total / 4 * math.exp(-(longer**2) / 72)
+
+    N, targets = len(references), [list(map(grams, texts)) for texts in references]
+    df = Counter(g for texts in targets for g in {g for text in texts for n in text for g in n})
+    scores = [
+        sum(similarity(grams(text), target) for target in targets_of) / len(targets_of)
+        for text, targets_of in zip(hypotheses, targets, strict=True)
+    ]
+    return 10 * sum(scores) / N
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, which a single value has not."""
+    """Mean and sample standard deviation; the latter is None for a single value."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def report(rows: list[dict], run: Run) -> str:
     """Append the rows to eval.jsonl and return them as a table."""
-    lines = [json.dumps({"step": run.step, **row, "time": round(time.time())}) for row in rows]
-    with open(run.folder / "eval.jsonl", "a+b") as file:
-        file.seek(max(0, file.tell() - 1))
-        cut = file.read() not in (b"", b"\n")  # somebody was killed in the middle of a line
-        file.write(("\n" * cut + "\n".join(lines) + "\n").encode())
-    if rows[0]["task"] == "retrieval":
+    stamped = [{"step": run.step, **row, "time": round(time.time())} for row in rows]
+    append_jsonl(run.folder / "eval.jsonl", stamped)
+    if "attribute" not in rows[0]:  # retrieval, captions
         (row,) = rows
-        line = f"{'retrieval':<9} {row['images']:>7} images {row['captions']:>7} captions"
-        recalls = (f"{key} {value:.3f}" for key, value in row.items() if "@" in key)
-        return "  ".join([line, *recalls])
+        scores = (f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
+        return "  ".join([f"{row['task']:<9} {row['images']:>7} images", *scores])
     lines = [f"{'task':<15} {'attribute':<10} {'classes':>7} {'images':>7} {'top-1':>7}"]
     for row in rows:
         line = f"{task_name(row):<15} {row['attribute']:<10} {row['classes']:>7} {row['images']:>7}"
@@ -522,43 +489,30 @@ def report(rows: list[dict], run: Run) -> str:
     return "\n".join(lines)
 
 
-def own_rows(folder: Path) -> list[dict]:
-    """The rows of a run on its own data and classes: what tables and curves show."""
-    return [row for row in read_jsonl(folder / "eval.jsonl") if not row.get("flags")]
-
-
 def task_name(row: dict) -> str:
-    """A row's task with what its score depends on: "10-shot", "zeroshot +prior", "probe on 500"."""
+    """A row's task with what its score depends on: "10-shot", "probe on 500"."""
     name = f"{row['shots']}-shot" if row["task"] == "fewshot" else row["task"]
-    name += f" on {row['train']:,}" if row["task"] == "probe" else ""
-    return name + (" +prior" if row.get("prior") else "")
+    return name + (f" on {row['train']:,}" if row["task"] == "probe" else "")
 
 
 # ------------------------------------------------------------------------------------------------
 # Several runs.
 
 
-def table(folders: list[Path]) -> str:
-    """A Markdown table of finished runs, mean ± deviation over those that differ in their seed.
+COSTS = ("minutes", "images/s", "peak MB")
 
-    A row has the name of its folders, less a last "-SEED", which --init may have too. Time is that
-    of training alone, without evaluation, peak memory that of the process.
+
+def table(folders: list[Path]) -> str:
+    """A Markdown table of finished runs: a row for each group of `grouped`, mean ± deviation.
+
+    Minutes are those of training without evaluation; peak MB is the process's.
     """
-    groups = {}
-    for folder in folders:
-        config, scores = finished(folder)
-        name = folder.resolve().name.removesuffix(f"-{config['seed']}")
-        groups.setdefault(name, []).append((config, scores))
-    columns = []  # in the order in which they are first met
-    for runs in groups.values():
-        for _, scores in runs:
-            columns += [column for column in scores if column not in (*columns, *COSTS)]
-    columns += COSTS
+    groups = grouped(folders)
+    columns = [column for runs in groups.values() for _, scores in runs for column in scores]
+    columns = [column for column in dict.fromkeys(columns) if column not in COSTS] + [*COSTS]
     lines = [f"| run | lr | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
     for name, runs in groups.items():
-        configs = [config for config, _ in runs]
-        refuse_if_different(name, configs)
-        cells = [name, f"{configs[0]['lr']:g}", str(len(runs))]
+        cells = [name, f"{runs[0][0].lr:g}", str(len(runs))]
         for column in columns:
             values = [scores[column] for _, scores in runs if column in scores]
             if values and len(values) < len(runs):
@@ -568,46 +522,52 @@ def table(folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
-COSTS = ("minutes", "images/s", "peak MB")
-# Flags that may differ between the runs of a row.
-MACHINE = dict.fromkeys(["workers", "device", "save_every", "log_every", "clip_vocab", "dtype"])
-
-
-def refuse_if_different(name: str, configs: list[dict]):
-    """UserError unless the runs of a mean differ in their seed, and in nothing else that counts."""
-    seeds = {config["seed"] for config in configs}
-    plain = []
-    for config in configs:
-        init = (config["init"] or "").rstrip("/").removesuffix(f"-{config['seed']}")
-        plain.append({**config, "seed": None, "init": init, **MACHINE})
-    keys = sorted({key for config in plain for key in config})
-    differ = [key for key in keys if any(c.get(key) != plain[0].get(key) for c in plain)]
-    if differ:
-        raise UserError(f"the runs '{name}' are not one: they differ in {', '.join(differ)}")
-    if len(seeds) < len(configs):
-        raise UserError(f"the runs '{name}' are not several: a seed occurs twice")
-
-
 def cell(column: str, values: list[float]) -> str:
-    """Mean ± deviation; of times and the like, which no two machines share, the median."""
+    """Mean ± deviation; for costs, which depend on the machine, the median."""
     if column in COSTS:
         return f"{statistics.median(values):.{1 if column == 'minutes' else 0}f}"
     mean, deviation = mean_and_deviation(values)
     return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
-def finished(folder: Path) -> tuple[dict, dict[str, float]]:
-    """A finished run's config, and what it measured: its last row of each task, and its cost."""
+def grouped(folders: list[Path]) -> dict[str, list[tuple[argparse.Namespace, dict[str, float]]]]:
+    """The configs and scores of finished runs, those that differ only in their seed together.
+
+    A group is named after its folders, without the trailing -SEED (--init may end in one, too).
+    Raises UserError for a group whose runs differ otherwise or share a seed.
+    """
+    groups = {}
+    for folder in folders:
+        config, scores = finished(folder)
+        name = folder.resolve().name.removesuffix(f"-{config.seed}")
+        groups.setdefault(name, []).append((config, scores))
+    for name, runs in groups.items():
+        seeds, plain = [config.seed for config, _ in runs], []
+        for config, _ in runs:
+            init = (config.init or "").rstrip("/").removesuffix(f"-{config.seed}")
+            plain.append({**vars(config), "seed": None, "init": init})
+        ignored = {*MAY_CHANGE, "dtype", "lanes"}
+        keys = sorted({key for config in plain for key in config} - ignored)
+        differ = [key for key in keys if any(c.get(key) != plain[0].get(key) for c in plain)]
+        if differ:
+            raise UserError(f"the runs '{name}' are not one group: {', '.join(differ)} differ")
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"the runs '{name}' are not several: a seed occurs twice")
+    return groups
+
+
+def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
+    """A finished run's config and what it measured: its last score for each task, and its costs."""
     config = read_config(folder)
     metrics, rows = read_jsonl(folder / "metrics.jsonl"), own_rows(folder)
-    steps = math.ceil(config["samples"] / config["batch_size"])
+    steps = math.ceil(config.samples / config.batch_size)
     if not metrics or metrics[-1]["step"] < steps:
         raise UserError(f"{folder} is not finished: continue it with --out {folder} --resume")
     scores, several = {}, len({row["attribute"] for row in rows if "attribute" in row}) > 1
     for row in (row for row in rows if row["step"] == steps):
         task = task_name(row) + (f" {row['attribute']}" if several and "attribute" in row else "")
-        found = {key: value for key, value in row.items() if "@" in key}
-        scores |= found or {task: row["top1"]}
+        found = {key: value for key, value in row.items() if isinstance(value, float)}
+        scores |= {task: row["top1"]} if "top1" in row else found
     before = [0, *(line["step"] for line in metrics)]
     seconds = sum(
         line["step_s"] * (line["step"] - b) for line, b in zip(metrics, before, strict=False)
@@ -619,89 +579,47 @@ def finished(folder: Path) -> tuple[dict, dict[str, float]]:
     return config, scores
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, less those that were cut off; none where there is no file."""
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
-def positive(text: str) -> int:
-    """The type of flags that count something."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """The type of flags that may be 0."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Evaluate runs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("task", choices=("zeroshot", "probe", "fewshot", "retrieval", "caption", "table"))
+    add("run", type=Path, nargs="+", help="the run's folder; for a table, several")
+    add("--data", help="training images for probe and few-shot, else the images to evaluate on")
+    add("--val-data", help="images to evaluate on; default: the run's own")
+    add("--class-names", help="file with one class a line, several names separated by commas")
+    add("--prompt", action="append", dest="prompts", help="zeroshot: text with {} for a class name")
+    add("--shots", type=number(int, 1), default=10, help="fewshot: training images of each class")
+    add("--limit", type=number(int, 1), help="training images at most; of retrieval, pairs")
+    add("--workers", type=number(int, 0), default=2, help="loader processes")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    return parser
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="Evaluate runs.", formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("task", choices=("probe", "fewshot", "zeroshot", "retrieval", "table"))
-    add("run", type=Path, nargs="+", help="the run's folder; for a table, several")
-    add("--data", help="training images for probe and few-shot; default: the run's own")
-    add("--val-data", help="images to evaluate on; default: the same source's own split")
-    add("--data-root", help="where torchvision keeps its sets; default: as in the run")
-    add("--class-names", help="file with a class a line, several names between commas")
-    add("--prior", action="store_true", help="from the head: subtract each token's log-frequency")
-    add("--prompt", action="append", dest="prompts", help="zeroshot: text with {} for a class name")
-    add("--shots", type=positive, default=10, help="fewshot: training images a class")
-    add("--draws", type=positive, default=3, help="fewshot: how often to draw them")
-    add("--limit", type=positive, help="training images, or pairs of retrieval, at most")
-    add("--batch-size", type=positive, default=256)
-    add("--workers", type=natural, default=2)
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         if args.task == "table":
             print(table(args.run))
             return
         if len(args.run) > 1:
-            raise UserError(f"{args.task} takes one run, and {len(args.run)} were named")
+            raise UserError(f"{args.task} takes one run, not {len(args.run)}")
         if any("{}" not in prompt for prompt in args.prompts or ()):
-            raise UserError("--prompt needs {} where the name of the class goes")
+            raise UserError("--prompt needs {} where the class name goes")
         run = load_run(args.run[0], pick_device(args.device))
-        trains = args.task in ("probe", "fewshot")
-        train, val = open_sources(run.config, vars(args), trains)
+        given = {name: getattr(args, name) for name in ("data", "val_data", "class_names")}
+        train, val = open_sources(run.config, args.task in ("probe", "fewshot"), **given)
         if val is None:
             raise UserError("there is no validation data: name some with --val-data")
-        names = ("prior", "prompts", "shots", "draws", "limit", "batch_size", "workers")
-        options = {name: getattr(args, name) for name in names}
-        if args.task == "retrieval":
-            rows = measure_retrieval(run, val, **options)
-        else:
-            rows = measure([args.task], run, train, val, **options)
-        given = {name: getattr(args, name) for name in OTHER_DATA if getattr(args, name)}
+        options = {name: getattr(args, name) for name in ("limit", "workers", "shots")}
+        rows = measure([args.task], run, train, val, prompts=args.prompts, **options)
+        given |= {"prompts": args.prompts, "limit": args.limit}  # then scores are not the run's own
+        given = {name: value for name, value in given.items() if value}
         print(report([row | ({"flags": given} if given else {}) for row in rows], run))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-# Flags with which a score is not the run's own: it is of other data, or other names.
-OTHER_DATA = ("data", "val_data", "class_names", "prompts", "limit")
-
-
-def open_sources(config: dict, flags: dict | None = None, trains: bool = True) -> tuple:
-    """The training and the validation source of a run; `flags` that are not None replace its own.
-
-    The first is None when nothing trains on it, the second when none is named and the first has no
-    split of its own.
-    """
-    flags = {key: value for key, value in (flags or {}).items() if value is not None}
-    given = {**config, **({"val_data": None} if "data" in flags else {}), **flags}
-    where = given["data_root"], given["class_names"]
-    val = given["val_data"] or (given["data"] if given["data"] in BUILT_IN else None)
-    train = load_source(given["data"], "train", *where, given["caption_noise"]) if trains else None
-    return train, val and load_source(val, "val", *where)
 
 
 if __name__ == "__main__":

@@ -1,835 +1,598 @@
-"""What is looked at rather than measured: words on pixels, search, curves, a source's data.
+"""Look at runs and sources: words on pixels, search, curves, and a source's samples.
 
     python show.py words RUN [IMAGE ...] [--data SPEC] [--word "red circle"] [--lift]
-    python show.py search RUN "a red star" [TEXT ...] --data SPEC
-    python show.py curves RUN [RUN ...]
-    python show.py scaling RUN [RUN ...]
+    python show.py search RUN "a red star" [TEXT ...] [--data SPEC]
+    python show.py curves RUN [RUN ...] [--final]
     python show.py data SPEC
 
-Each command draws one PNG (--out); `words`, `search` and `data` print their figures with --json.
-Runs and sources are read and never changed; the features that `search` needs are kept in the user's
-cache.
+Each command draws one PNG (--out) and prints its main figures. Runs and sources are never changed.
 
-Letters in the shapes:  B images, N patches, S image size, D width, V vocabulary, Q texts.
+Letters in shapes:  B images, N patches, S image size, D width, V vocabulary, Q texts.
 """
 
 import argparse
-import contextlib
 import functools
-import hashlib
 import itertools
-import json
 import math
-import os
 import sys
-import time
-from argparse import ArgumentDefaultsHelpFormatter as HelpFormatter
+import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from data import (
-    BUILT_IN,
-    KINDS,
-    Augment,
-    BadSample,
-    CenterCrop,
-    Files,
-    OnePass,
-    Prepare,
-    Raw,
-    Shards,
-    batches,
-    count_bad,
-    load_source,
-    normalize,
-    open_folder,
-    open_image,
-    read_caption,
-    refuse_if_bad,
-    tell_skipped,
-)
-from eval import (
-    COSTS,
-    Run,
-    finished,
-    load_run,
-    mean_and_deviation,
-    natural,
-    own_rows,
-    pick_device,
-    positive,
-    read_checkpoint,
-    read_config,
-    read_jsonl,
-    refuse_if_different,
-    task_name,
-    token_bags,
-)
-from shares import SHARES
-from superclass import IDF
-from tokenizer import (
-    ClipTokenizer,
-    UserError,
-    WordTokenizer,
-    caption_labels,
-    caption_tokens,
-    load_tokenizer,
-)
+import data
+import eval as evaluation
+import run as runs
+import sources
+from caption import generate
+from data import CenterCrop, Prepare
+from run import Run, UserError
+from sources import BadSample
+from superclass import IDF, SuperClass
+from tokenizer import ClipTokenizer, caption_labels, caption_tokens, load_tokenizer
 
 # ------------------------------------------------------------------------------------------------
-# Words.
+# From a word's logit to the patches. The pooled features are a mean over patches, and the head is
+# linear once the deviation in its norm is taken from the image: a logit is a sum over patches.
+
+
+@torch.inference_mode()
+def output_shares(model: SuperClass, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Each patch's exact share of a logit, split where the head reads: the encoder's output.
+
+    Let z_n be the encoder's N tokens, p = 1/N sum of z_n the pooled features, m and s the mean and
+    the deviation of the D numbers in p, and w, b a row of the head:
+
+        logit = w . (gamma (p - m) / s + beta) + b
+              = sum over n of  1/N w . gamma (z_n - mean of z_n) / s    +    w . beta + b
+
+    because m is the mean over n of the means of z_n: with the image's own s, the norm is linear.
+    The rest, w . beta + b, belongs to no patch. A weighted sum of logits splits in the same way.
+
+    Args:
+        model: in evaluation mode.
+        images: [B, 3, S, S], normalised.
+        weights: [V] or [B, V], those of a weighted sum of logits; for one token, a one at its id.
+    Returns:
+        Shares [B, N] and constants [B], float32, that together sum to the weighted logits.
+    """
+    z = model.encoder(images).float()  # [B, N, D]
+    with torch.autocast(images.device.type, enabled=False):
+        w = weights.float() @ model.head.weight.float()  # [D] or [B, D]
+        deviation = (z.mean(dim=1).var(dim=1, correction=0) + model.norm.eps).sqrt()  # [B]
+        centred = (z - z.mean(dim=2, keepdim=True)) / deviation[:, None, None]  # [B, N, D]
+        shares = (centred * (w * model.norm.weight).unsqueeze(-2)).sum(dim=2) / z.shape[1]
+        constant = w @ model.norm.bias.float() + weights.float() @ model.head.bias.float()
+    return shares, constant.expand(len(z))
+
+
+def input_shares(model: SuperClass, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Each patch's share of a logit, split at the pixels, where a patch is still what it shows.
+
+    Hold the attention, the deviations in the norms and the gates of the GELUs at the values that
+    they have for this image (`Held`). Then the whole model is affine in its pixels, and a logit is
+    the sum of gradient x pixel, plus what the held model returns for an image of zeros. This sum
+    is exact, too, but conditional: it does not say how the attention would change without the
+    patch. A pixel of the data's mean colour is zero and has no share.
+
+    Args, returns: as for `output_shares`. In CNNs, a patch is the square of pixels at a token's
+    place, and ReLU, max pooling and batch norm are affine in the same sense.
+    """
+    pixels = images.detach().float().requires_grad_()
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), Held():
+        tokens = model.encoder(pixels)  # [B, N, D]
+        logits = model.head(model.norm(tokens.mean(dim=1)))  # [B, V]
+        chosen = (logits * weights).sum(dim=1)  # [B]
+        (gradient,) = torch.autograd.grad(chosen.sum(), pixels)
+    by_pixel = (gradient * pixels).sum(dim=1).detach()  # [B, S, S]
+    side, size = math.isqrt(tokens.shape[1]), images.shape[-1]
+    rows = F.one_hot(torch.arange(size, device=images.device) * side // size).float()  # [S, side]
+    shares = (rows.T @ by_pixel @ rows).flatten(1)  # [B, N]
+    return shares, chosen.detach() - shares.sum(dim=1)
+
+
+class Held(TorchFunctionMode):
+    """Within this context, layer norm, GELU and attention are linear: their factors are constants.
+
+    Values stay the same; gradients are those of the linear map.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        function = self.LINEAR.get(function, function)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+        dims = tuple(range(-len(shape), 0))
+        centred = x - x.mean(dims, keepdim=True)
+        x = centred * (centred.detach().square().mean(dims, keepdim=True) + eps).rsqrt()
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
+
+    @staticmethod
+    def gelu(x, **kwargs):
+        gate = F.gelu(x.detach(), **kwargs) / x.detach()
+        return x * gate.nan_to_num(0.5)  # 0 / 0 at zero
+
+    @staticmethod
+    def attention(q, k, v):
+        scores = q.detach() @ k.detach().transpose(-1, -2) * q.shape[-1] ** -0.5
+        return scores.softmax(dim=-1) @ v
+
+    LINEAR = {F.layer_norm: layer_norm, F.gelu: gelu, F.scaled_dot_product_attention: attention}
+
+
+SHARES = {"input": input_shares, "output": output_shares}
 
 
 class Word(NamedTuple):
-    """One word of an image: its tokens, its probability, and that over its frequency."""
+    """A token as text, its probability for an image, and this over the token's frequency."""
 
     text: str
-    ids: list[int]
+    id: int
     probability: float
     lift: float
 
 
-def load(folder: Path, device: str) -> Run:
-    """The run; UserError when it has no head over a vocabulary."""
-    objective = read_config(folder).get("objective")
-    if objective != "superclass":
-        raise UserError(
-            f"{folder} has no head over a vocabulary, for its objective is {objective}: words and "
-            "search need a run of --objective superclass"
-        )
-    return load_run(folder, pick_device(device))
+def top_words(run: Run, logits: Tensor, number: int, lift: bool = False) -> list[Word]:
+    """The `number` best tokens for the logits [V] of an image: by probability, or by lift.
 
-
-def word_weights(run: Run, text: str, ids: list[int] | None = None) -> Tensor:
-    """Weights [V], summing to one, of the tokens `ids`, by default a text's, by their IDF.
-
-    Raises UserError when no token of the text is known.
+    Lift is probability over frequency, the share of captions that contain the token. By lift,
+    tokens less than a tenth as probable as the best are left out: their lift would be noise.
     """
-    weights = token_bags(run.idf, [ids or caption_labels(text, run.tokenizer)]).to_dense()[0]
-    if ids and not weights.any():  # they are in every caption
-        weights[ids] = 1 / len(ids)
+    p, idf = log_probabilities(run, logits).exp().cpu(), run.idf
+    frequency = (idf.df / idf.n.clamp(min=1)).cpu()
+    lifts = torch.where(frequency > 0, p / frequency, 0.0)
+    value = lifts * (p > p.max() / 10) if lift else p * (frequency > 0) if idf.n else p
+    best = [i for i in value.argsort(descending=True)[:number].tolist() if value[i]]
+    return [Word(spell(i, run.tokenizer), i, p[i].item(), lifts[i].item()) for i in best]
+
+
+def log_probabilities(run: Run, logits: Tensor) -> Tensor:
+    """The log-probabilities [V] of all tokens for logits [V], as the run's loss defines them."""
+    return evaluation.LOG_PROBABILITY[run.config.loss](logits[None].float())[0]
+
+
+def word_weights(run: Run, text: str) -> Tensor:
+    """Weights [V] of a text's tokens: IDF, scaled to sum to one; UserError if none has any."""
+    weights = evaluation.token_bags(run.idf, [caption_labels(text, run.tokenizer)]).to_dense()[0]
     if not weights.any():
-        raise UserError(
-            f"'{text}' has no token that says anything: each was in no caption of the training, or "
-            "in all of them"
-        )
+        raise UserError(f"'{text}' has no token that occurs in some captions, but not in all")
     return weights.to(run.idf.df.device)
 
 
-def probabilities(run: Run, logits: Tensor) -> Tensor:
-    """Softmax; for the losses that ask about each token by itself, the sigmoid."""
-    softmax = run.config.get("loss", "softmax") == "softmax"
-    return logits.float().softmax(dim=-1) if softmax else logits.float().sigmoid()
+def spell(token: int, tokenizer) -> str:
+    """A token as text. A hyphen marks the cut where it is only a piece of a word: "-ing".
 
-
-def top_words(run: Run, logits: Tensor, number: int, lift: bool = False) -> list[Word]:
-    """The `number` best words for an image's logits [V]: by probability, or by lift.
-
-    Two or three tokens become one word when, put together, they are a word that the tokenizer cuts
-    into these very tokens, and their probabilities and frequencies lie within a factor of two: a
-    guess, for a bag has no order. The word gets the geometric mean.
-
-    Lift is probability over frequency, the share of captions with the token. By lift, tokens less
-    than a tenth as probable as the best are left out, for theirs would be noise.
+    Pieces are never joined: a bag of tokens has no order, so a joined word would be a guess.
     """
-    p, idf = probabilities(run, logits).cpu(), run.idf
-    frequency = (idf.df / idf.n.clamp(min=1)).cpu()
-    seen = frequency > 0 if idf.n else torch.ones_like(p, dtype=torch.bool)
-    value = (p / frequency) * (p > p.max() / 10) if lift else p
-    value = value.masked_fill(~seen, 0)
-    pool = value.argsort(descending=True)[: 4 * number].tolist()
-    words, used = [], set()
-    for token in pool:
-        if token in used or len(words) == number or not value[token]:
-            continue
-        far = torch.maximum((p / p[token]).log().abs(), (frequency / frequency[token]).log().abs())
-        near = [t for t in pool if t not in used and far[t] <= math.log(2)][:8]
-        several = (list(ids) for n in (3, 2) for ids in itertools.permutations(near, n))
-        joined = (ids for ids in several if token in ids and is_word(ids, run.tokenizer))
-        ids = next(joined, [token])
-        used |= set(ids)
-        mean, usual = (x[ids].log().mean().exp().item() for x in (p, frequency))
-        text = spell(ids, run.tokenizer)
-        words.append(Word(text, ids, mean, mean / usual if usual else 0.0))
-    return words
-
-
-def is_word(ids: list[int], tokenizer) -> bool:
-    """Whether these tokens, in this order, are how the tokenizer cuts one word of letters."""
-    text = tokenizer.decode(ids).strip()
-    letters = text.replace("-", "").replace("'", "")
-    return letters.isalpha() and caption_tokens(text, tokenizer) == ids
-
-
-def spell(ids: list[int], tokenizer) -> str:
-    """Tokens as text, with a hyphen where a piece of a word is cut off."""
-    text = tokenizer.decode(ids)
-    if not text.strip():
-        return "(blank)"
-    if isinstance(tokenizer, WordTokenizer) or caption_tokens(text, tokenizer) == ids:
-        return text.strip()
-    if isinstance(tokenizer, ClipTokenizer):
+    text = tokenizer.decode([token])
+    if isinstance(tokenizer, ClipTokenizer):  # only the last piece of a word ends in a blank
         return text.strip() + ("" if text.endswith(" ") else "-")
-    return text.strip() if text[0] == " " or not text[0].isalpha() else f"-{text}"
+    first = tokenizer.encode_ordinary(" a")
+    after = tokenizer.decode([*first, token])[len(tokenizer.decode(first)) :]
+    whole = caption_tokens(text, tokenizer) == [token] or not after[:1].isalpha()
+    return (text.strip() or "(blank)") if whole else f"-{after}"
+
+
+def show_words(args: argparse.Namespace) -> list[dict]:
+    """The top words of images, and the patches that they come from."""
+    run = load(args.run, args.device, (*runs.HEADS, "caption"))
+    if args.image and args.data:
+        raise UserError("give images or --data, not both")
+    asked = [(text, word_weights(run, text)) for text in args.word or ()]
+    files = sources.Files([(path, None, None, None) for path in args.image], None)
+    source, limit = (files, None) if args.image else (run_source(run, args.data), args.number)
+    views = [Prepare(CenterCrop(size)) for size in (TILE, run.config.image_size)]
+    samples, _ = gather(source, limit, *views)
+    if run.config.objective == "caption":
+        return show_captions(args, run, samples)
+    rows, found = [], []
+    for raw, picture, view in samples:
+        images = data.normalize(view.image[None].to(run.idf.df.device))
+        with torch.inference_mode():
+            logits = run.model.head(run.model.norm(run.model.features(images)))[0].float()  # [V]
+        words = top_words(run, logits, 6, args.lift)
+        units = F.one_hot(torch.tensor([word.id for word in words]), len(logits)).to(logits)
+        maps, cells = [], []
+        for text, weights in asked or [(words[i].text, units[i]) for i in range(len(words))][:3]:
+            shares, constant = SHARES[args.at](run.model, images, weights)
+            p = (weights @ log_probabilities(run, logits)).exp().item()
+            maps.append((text, shares[0].tolist(), constant.item(), (weights @ logits).item()))
+            draw = functools.partial(draw_map, pixels(picture), shares[0].numpy(force=True))
+            cells.append((draw, [(f"{p:.1%}  {text}", INK)]))
+        figures = [f"{w.probability:.0%}" for w in words]
+        if args.lift:
+            figures = [f"{w.lift:.1f}x" if w.lift < 100 else f"{w.lift:.0f}x" for w in words]
+        bars = functools.partial(draw_bars, words, figures, args.lift)
+        rows.append((name_of(raw), [(pixels(picture), []), (bars, []), *cells]))
+        found.append({"image": name_of(raw), "words": words, "maps": maps})
+        texts = (f"{word.text} {text}" for word, text in zip(words, figures, strict=True))
+        print(f"{name_of(raw)}: {', '.join(texts)}")
+    title = f"{args.run.resolve().name}: words and where they come from, split at the {args.at}"
+    about = f"bars: probability{' over frequency' if args.lift else ''}; maps: orange speaks for "
+    about += "the word, blue against it; grey: caption or file, which the model is not given"
+    sheet(title, about, rows, 5, args.out)
+    return found
+
+
+def draw_bars(words: list[Word], figures: list[str], lift: bool, axes):
+    """Words, bars and figures; the longest bar has length 1, so that all have room."""
+    values = [word.lift if lift else word.probability for word in words]
+    axes.set(xlim=(-1.9, 2.2), ylim=(5.5, -0.5))
+    for i, (word, value) in enumerate(zip(words, values, strict=True)):
+        length = value / max(values)
+        text = word.text if len(word.text) < 12 else word.text[:10] + "..."
+        axes.text(-1.9, i, text, va="center")
+        axes.barh(i, length, 0.55, color=INK)
+        axes.text(length + 0.1, i, figures[i], va="center", color=GREY, size=9)
+
+
+def draw_map(picture: np.ndarray, shares: np.ndarray, axes):
+    """Shares [N] as colours on a picture [S, S, 3] in grey; the strongest has full colour."""
+    side, size = math.isqrt(len(shares)), len(picture)
+    cells = np.arange(size) * side // size
+    value = shares.reshape(side, side)[cells][:, cells, None]  # [S, S, 1]
+    opacity = np.abs(value / max(np.abs(shares).max(), 1e-12)) ** 0.8
+    grey = picture.mean(axis=2, keepdims=True)
+    grey = 0.6 + 0.4 * (grey - grey.min()) / max(np.ptp(grey), 1)
+    colour = np.where(value < 0, to_rgb(AGAINST), to_rgb(FOR))
+    axes.imshow((1 - opacity + opacity * colour) * grey)  # the lines of the picture stay visible
+    edges = np.arange(1, side) * size / side - 0.5
+    for lines in (axes.hlines, axes.vlines):
+        lines(edges, -0.5, size - 0.5, color="white", lw=0.4)
+
+
+def show_captions(args: argparse.Namespace, run: Run, samples: list) -> list[dict]:
+    """Images with the texts that a language model generates for them."""
+    if args.word or args.lift:
+        raise UserError(f"--word and --lift need a head over the vocabulary: {args.run} has none")
+    asked = data.pad([caption_tokens(raw.question or "", run.tokenizer) for raw, *_ in samples])
+    images = torch.stack([view.image for *_, view in samples]).to(run.idf.df.device)
+    answers = generate(run.model, data.normalize(images), asked.to(images.device))
+    texts = [run.tokenizer.decode(ids).strip() or "(empty)" for ids in answers]
+    given = [f"{raw.question or ''} {name_of(raw)}".strip() for raw, *_ in samples]
+    cells = []
+    for (_, picture, _), text, name in zip(samples, texts, given, strict=True):
+        cells.append((pixels(picture), [(text, INK), (name, GREY)]))
+        print(f"{name}: {text}")
+    about = "black: generated; grey: the question if there is one, and the image's caption or file"
+    sheet(f"{args.run.resolve().name}: generated captions", about, [("", cells)], 6, args.out)
+    return [{"image": name, "generated": text} for name, text in zip(given, texts, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------
-# Drawing.
+# Pages and samples.
 
-PAGE, MARGIN, TILE, TOP = 900, 16, 160, 62  # pixels; below TOP comes what is not title
-INK, GREY = (33, 37, 41), (105, 112, 120)
-AGAINST, FOR = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and orange, for all eyes
+PAGE, MARGIN, TOP, GAP = 900, 16, 70, 9  # pixels: the width; the content starts below TOP
+TILE = 320  # pixels of a picture, which is drawn at about half of that
+INK, GREY = "#212529", "#697078"
+AGAINST, FOR = "#0072b2", "#d55e00"  # Okabe and Ito's colours, which colour-blind readers can tell
+COLOURS = [AGAINST, FOR, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 
-
-# The font that comes with Pillow has no letter beyond ASCII; these are Linux's, macOS's, Windows's.
-FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
-
-
-@functools.cache
-def font_of(size: int, ascii: bool) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, or for other scripts the first of FONTS that is installed, if any is."""
-    for name in () if ascii else FONTS:
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
+matplotlib.rc("text", color=INK, parse_math=False)
+matplotlib.rc("axes", grid=True, titlesize=10)
+matplotlib.rc("grid", alpha=0.3)
+matplotlib.rc(("xtick", "ytick"), labelsize=8)
+matplotlib.rc("legend", frameon=False, fontsize=9)
+shorten = functools.partial(textwrap.shorten, placeholder="...")
+warnings.filterwarnings("ignore", "Glyph .* missing")  # for scripts that the font does not have
 
 
-def write(draw, x: float, y: float, text: str, size=13, colour=INK, width=PAGE, lines=1):
-    """Write text, wrapped to `lines` lines of `width` pixels; what is too long ends in dots."""
-    font, words = font_of(size, text.isascii()), text[: 500 * lines].split()  # more never fits
-    for n in range(lines):
-        line = words.pop(0) if words else ""
-        while words and (n == lines - 1 or font.getlength(f"{line} {words[0]}") <= width):
-            line += " " + words.pop(0)
-        if font.getlength(line) > width:
-            while line and font.getlength(line + "...") > width:
-                line = line[:-1]
-            line += "..."
-        draw.text((x, y + n * 16), line, fill=colour, font=font)
-
-
-def page(height: int, title: str, subtitle: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (PAGE, height), "white")
-    draw = ImageDraw.Draw(image)
-    write(draw, MARGIN, 9, title, 18, width=PAGE - 2 * MARGIN - 280)  # there is the legend
-    write(draw, MARGIN, 34, subtitle, 13, GREY, width=PAGE - 2 * MARGIN)
-    return image, draw
-
-
-def tint(grey: np.ndarray | int, value: np.ndarray) -> Image.Image:
-    """Colour a grey picture [h, w, 3] by values [h, w] from -1 to 1: blue against, orange for."""
-    colour = np.where(value[..., None] < 0, AGAINST, FOR)
-    opacity = 0.85 * np.abs(value)[..., None] ** 0.8
-    return Image.fromarray((grey * (1 - opacity) + colour * opacity).round().astype(np.uint8))
-
-
-def heat_map(picture: Image.Image, shares: Tensor) -> Image.Image:
-    """Shares [N] over a pale grey picture; the strongest has full colour."""
-    side = math.isqrt(len(shares))
-    value = (shares / shares.abs().max().clamp(min=1e-12)).reshape(side, side).numpy()
-    value = Image.fromarray(value).resize(picture.size, Image.Resampling.NEAREST)
-    return tint(150 + 0.4 * np.asarray(picture.convert("L").convert("RGB")), np.asarray(value))
-
-
-def contact_sheet(
-    title: str, subtitle: str, rows: list[tuple[str, list]], below: int = 0, columns: int = 6
-) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Rows of pictures, each with text below it: two lines of each of its texts.
+def sheet(title: str, about: str, rows: list, columns: int, out: Path):
+    """Save a page of square cells.
 
     Args:
-        rows: a heading ("" for none) and its pictures, as (picture, [(text, colour), ...]).
-        below: pixels to leave free at the end.
+        rows: (heading, cells); longer rows are continued in the next one. A cell is a
+            picture [S, S, 3] or a function that draws on axes, and [(text below it, colour), ...].
     """
-    step = (PAGE - 2 * MARGIN + 10) // columns
-    pieces = [(head if not i else "", tiles[i : i + columns])
-              for head, tiles in rows for i in range(0, len(tiles), columns)]  # fmt: skip
-    deep = step + 8 + 32 * max((len(texts) for _, tiles in pieces for _, texts in tiles), default=0)
-    heights = [deep + 26 * bool(head) for head, _ in pieces]
-    image, draw = page(TOP + sum(heights) + below, title, subtitle)
-    for i, (head, tiles) in enumerate(pieces):
-        y = TOP + sum(heights[: i + 1]) - deep
-        write(draw, MARGIN, y - 26, head, 16, width=PAGE - 2 * MARGIN)
-        for column, (picture, texts) in enumerate(tiles):
-            x = MARGIN + column * step
-            image.paste(picture.resize((step - 10, step - 10), Image.Resampling.BICUBIC), (x, y))
-            for j, (text, colour) in enumerate(texts):
-                write(draw, x, y + step - 6 + 32 * j, text, 13, colour, step - 12, lines=2)
-    return image, draw
+    rows = [
+        (heading * (i == 0), cells[i : i + columns])
+        for heading, cells in rows
+        for i in range(0, len(cells), columns)
+    ]
+    tile = (PAGE - 2 * MARGIN - GAP * (columns - 1)) / columns
+    wrap = functools.partial(textwrap.wrap, width=int(tile / 7.2), max_lines=2, placeholder="...")
+    most = max(len(texts) for _, cells in rows for _, texts in cells)
+    head, under = 30 * any(heading for heading, _ in rows), 12 + 32 * most
+    height = TOP + len(rows) * (tile + under + head)
+    page = Figure((PAGE / 100, height / 100), dpi=100)
+    page.text(MARGIN / PAGE, 1 - 10 / height, shorten(title, 75), size=13, va="top")
+    page.text(MARGIN / PAGE, 1 - 37 / height, shorten(about, 150), size=9, va="top", color=GREY)
+    box = {"left": MARGIN / PAGE, "right": 1 - MARGIN / PAGE, "bottom": under / height}
+    box |= {"top": 1 - (TOP + head) / height}
+    box |= {"wspace": GAP / tile, "hspace": (under + head) / tile}
+    grid = page.subplots(len(rows), columns, squeeze=False, gridspec_kw=box)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for (heading, cells), of_row in zip(rows, grid, strict=True):
+        of_row[0].set_title(shorten(heading, 120), loc="left", size=10, color=GREY)
+        for (content, texts), axes in zip(cells, of_row, strict=False):
+            content(axes) if callable(content) else axes.imshow(content)
+            y = -5 / tile
+            for text, colour in texts:
+                lines = wrap(text[:500])
+                look = {"color": colour, "size": 9, "va": "top", "linespacing": 1.25}
+                axes.text(0, y, "\n".join(lines), transform=axes.transAxes, **look)
+                y -= 16 * len(lines) / tile
+    save(page, out)
 
 
-def save(image: Image.Image, path: Path):
+def save(page: Figure, path: Path):
     try:
-        image.save(path, "PNG", optimize=True)
+        page.savefig(path, format="png", pil_kwargs={"optimize": True})
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror or error}") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# Samples to look at.
+def load(folder: Path, device: str, objectives: tuple[str, ...] = runs.HEADS) -> Run:
+    """A run of one of the objectives, by default those with a head over the vocabulary."""
+    objective = runs.read_config(folder).objective
+    if objective not in objectives:
+        raise UserError(f"{folder} has no head over a vocabulary: its objective is {objective}")
+    return runs.load_run(folder, runs.pick_device(device))
 
 
-class Sample(NamedTuple):
-    """A picture for the page, the model's view of it (uint8 [3, S, S]), its caption or file."""
-
-    picture: Image.Image
-    view: Tensor
-    name: str
+def run_source(run: Run, spec: str | None):
+    """The source that --data names, or else the one that the run is evaluated on."""
+    config = run.config
+    return sources.load_source(spec or config.val_data or config.data, "val", config.data_root)
 
 
-def look(raw: Raw | BadSample, size: int) -> Sample | BadSample:
-    """A sample, with the centre crop that evaluation takes."""
-    try:
-        if isinstance(raw, BadSample) or raw.image is None:
-            return raw if isinstance(raw, BadSample) else BadSample("missing image").of(raw)
-        picture = CenterCrop(TILE)(open_image(raw.image))
-        view = torch.from_numpy(np.array(CenterCrop(size)(open_image(raw.image)))).permute(2, 0, 1)
-        name = raw.image.name if isinstance(raw.image, Path) else ""
-        return Sample(picture, view, name if raw.caption is None else read_caption(raw.caption))
-    except BadSample as error:
-        return error.of(raw)
-
-
-def gather(source, number: int | None, make: Callable) -> list:
-    """What `make` makes of `number` samples, evenly spaced where it can be; bad ones are told."""
-    items = [item for block in source.once(make, 0, 1, 256, number) for item in block]
-    bad = [item for item in items if isinstance(item, BadSample)]
-    counted = count_bad(bad)
-    found = f"{tell_skipped(counted['skipped'])} ({'; '.join(counted['examples'].values())})"
-    if len(bad) == len(items):
-        raise UserError(
-            f"no image found, of {len(items)} files or samples none can be used: {found}"
-        )
+def gather(source, limit: int | None, *prepares: Prepare) -> tuple[list[tuple], list[BadSample]]:
+    """Up to `limit` good samples, each with what `prepares` make of it, and the bad ones."""
+    good, bad = [], []
+    for i, (_, raw) in enumerate(itertools.chain(*source.once(0, 1, 256, limit))):
+        made = [prepare(raw, (i,)) for prepare in prepares]
+        failed = isinstance(made[-1], BadSample)
+        (bad if failed else good).append(made[-1] if failed else (raw, *made))
+    examples = "; ".join({item.kind: str(item) for item in bad}.values())
+    found = f"{data.describe(Counter(item.kind for item in bad))} ({examples})"
+    if not good:
+        raise UserError(f"no image found: of {len(bad)} samples none can be used: {found}")
     if bad:
         print(f"skipped {found}", file=sys.stderr)
-    return items
+    return good, bad
 
 
-def open_files(paths: list[Path]) -> Files:
-    """The source of some image files, and of all images in some folders."""
-    rows = []
-    for path in paths:
-        if path.is_dir():
-            rows += [(row[0], None, None) for row in open_folder(path, None).rows if row[0]]
-        elif path.is_file():
-            rows.append((path, None, None))
-        else:
-            raise UserError(f"no image found: there is no file or folder {path}")
-    return Files(rows, None)
+def name_of(raw: sources.Raw) -> str:
+    """The caption of a sample; if it has none, the name of its image file."""
+    try:
+        return sources.read_caption(raw.caption)
+    except BadSample:
+        return raw.image.name if isinstance(raw.image, Path) else ""
 
 
-def open_source(args: argparse.Namespace, config: dict):
-    """The source that --data names, or else the one that a run is evaluated on."""
-    data = args.data or config["val_data"] or config["data"]
-    names = args.class_names or (None if args.data else config["class_names"])
-    return load_source(data, args.split, args.data_root or config["data_root"], names)
+def pixels(sample: sources.Sample) -> np.ndarray:
+    return sample.image.permute(1, 2, 0).numpy()
 
 
 # ------------------------------------------------------------------------------------------------
-# show.py words
-
-
-def show_words(args: argparse.Namespace) -> dict:
-    """For each image its top words, and for some words where they come from."""
-    run = load(args.run, args.device)
-    asked = [(text, word_weights(run, text)) for text in args.word or ()]
-    if args.image and args.data:
-        raise UserError("give images or --data, not both")
-    source = open_files(args.image) if args.image else open_source(args, run.config)
-    number = None if args.image and all(p.is_file() for p in args.image) else args.number
-    samples = gather(source, number, functools.partial(look, size=run.config["image_size"]))
-    samples, rows = [s for s in samples if isinstance(s, Sample)], []
-    for sample in samples:
-        images = normalize(sample.view[None].to(run.idf.df.device))
-        with torch.inference_mode():
-            logits = run.model(images)[0].float()  # [V]
-        words = top_words(run, logits, args.top, args.lift)
-        rows.append({"image": sample.name, "words": [word._asdict() for word in words], "maps": []})
-        for text, weights in asked or [
-            (word.text, word_weights(run, word.text, word.ids)) for word in words[: args.maps]
-        ]:
-            shares, constant = SHARES[args.at](run.model, images, weights)
-            p = (weights @ probabilities(run, logits).clamp(min=1e-30).log()).exp().item()
-            found = {"word": text, "probability": p, "logit": (weights @ logits).item()}
-            found |= {"constant": constant.item(), "shares": shares[0].tolist()}
-            rows[-1]["maps"].append(found)
-    save(draw_words(args, samples, rows), args.out)
-    return {"run": str(args.run), "step": run.step, "at": args.at, "images": rows}
-
-
-def draw_words(args: argparse.Namespace, samples: list[Sample], rows: list[dict]) -> Image.Image:
-    """A row for each image: the picture, bars for its words, maps."""
-    count, most = (max(len(row[key]) for row in rows) for key in ("maps", "words"))
-    pitch = min(27, max(18, TILE // max(1, most)))  # of the words
-    deep = 28 + max(math.ceil(count / 3) * (TILE + 26), pitch * most)
-    kind = "probability over frequency" if args.lift else "probability"
-    about = f"grey: caption or file, unseen by the model; bars: {kind}"
-    about += "" if args.lift else ", which all words of a caption share"
-    about += "; each image and each map has its own scale"
-    where = {"input": "pixels", "output": "encoder's output"}[args.at]
-    title = f"Run {args.run.resolve().name}: its words, and maps at the {where}"
-    image, draw = page(TOP + 8 + deep * len(rows), title, about)
-    draw_legend(image, draw)
-    for i, (sample, row) in enumerate(zip(samples, rows, strict=True)):
-        y = TOP + 6 + i * deep
-        write(draw, MARGIN, y, sample.name, 13, GREY, width=PAGE - 2 * MARGIN)
-        image.paste(sample.picture, (MARGIN, y + 20))
-        values = [word["lift" if args.lift else "probability"] for word in row["words"]]
-        longest = max([*values, 1e-9])
-        for j, (word, value) in enumerate(zip(row["words"], values, strict=True)):
-            x, top, length = MARGIN + TILE + 12, y + 20 + j * pitch, 54 * value / longest
-            write(draw, x, top, word["text"], min(15, pitch - 4), width=84)
-            draw.rectangle((x + 88, top + 2, x + 88 + length, top + pitch - 9), fill=INK)
-            number = f"{value:.1f}x" if args.lift else f"{value:.0%}"
-            write(draw, x + 93 + length, top + 1, number, min(13, pitch - 4), GREY)
-        for j, found in enumerate(row["maps"]):
-            x, top = 368 + j % 3 * (TILE + 10), y + 20 + j // 3 * (TILE + 26)
-            image.paste(heat_map(sample.picture, torch.tensor(found["shares"])), (x, top))
-            text = f"{found['probability']:.1%}  {found['word']}"
-            write(draw, x, top + TILE + 3, text, 14, width=TILE)
-    return image
-
-
-def draw_legend(image: Image.Image, draw):
-    """The scale of heat maps, above them."""
-    x, y = PAGE - MARGIN - 264, 14
-    image.paste(tint(200, np.tile(np.linspace(-1, 1, 120), (12, 1))), (x + 56, y))
-    write(draw, x, y - 2, "against", 13, AGAINST)
-    write(draw, x + 184, y - 2, "for the word", 13, FOR)
-
-
-# ------------------------------------------------------------------------------------------------
-# show.py search
-
-
-class Placed:
-    """A source whose samples carry, in place of their classes, where to find them again."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def raws(self, part: int, parts: int, block: int) -> Iterator[Raw | BadSample]:
-        if isinstance(self.source, Shards):
-            for s in range(part, len(self.source.urls), parts):
-                for j, raw in enumerate(self.source.read(self.source.urls[s])):
-                    yield raw if isinstance(raw, BadSample) else raw._replace(targets=(s, j))
-            return
-        for first in range(part * block, len(self.source), parts * block):
-            for i in range(first, min(first + block, len(self.source))):
-                raw = self.source.raw(i)
-                yield raw if isinstance(raw, BadSample) else raw._replace(targets=(i, 0))
-
-    def once(self, prepare: Callable, part: int, parts: int, block: int, limit: None):
-        raws = self.raws(part, parts, block)
-        while items := [prepare(raw) for raw in itertools.islice(raws, block)]:
-            yield items
-
-    def fetch(self, places: list[tuple[int, int]]) -> dict[tuple[int, int], Raw]:
-        """The samples at these places; of shards, those that hold one are read again."""
-        if not isinstance(self.source, Shards):
-            return {place: self.source.raw(place[0]) for place in places}
-        found = {}
-        for s, group in itertools.groupby(sorted(places), key=lambda place: place[0]):
-            samples = self.source.read(self.source.urls[s])
-            found |= {place: samples[place[1]] for place in group}
-        return found
+# Search.
 
 
 @torch.inference_mode()
-def make_index(run: Run, source, batch_size: int, workers: int) -> dict[str, Tensor]:
-    """What `search` needs of N images: 2 D + 20 bytes each.
-
-    Returns:
-        inputs [N, D] (float16), what the head's linear layer reads; lse [N], the logsumexp of the
-        logits, so that a text needs its own rows of the head only; places [N, 2], for `Placed`.
-    """
-    parts, skipped = [], torch.zeros(len(KINDS), dtype=torch.int64)
-    device, prepare = run.idf.df.device, Prepare(CenterCrop(run.config["image_size"]))
-    total = None if isinstance(source, Shards) else len(source)
-    with tqdm(total=total, unit="img", unit_scale=True, leave=False) as bar:
-        for batch in batches(OnePass(Placed(source), prepare, batch_size), workers, device):
-            skipped += batch["skipped"]
-            if "images" in batch:
-                x = run.model.norm(run.model.features(normalize(batch["images"].to(device))))
-                lse = run.model.head(x).float().logsumexp(dim=1)
-                parts.append((x.half().cpu(), lse.cpu(), batch["targets"]))
-                bar.update(len(lse))
-    refuse_if_bad(sum(len(lse) for _, lse, _ in parts), skipped)
-    if not parts:
+def search(run: Run, source, texts: list[str]) -> tuple[Tensor, list]:
+    """Scores [B, Q] of a source's images for texts, as in zero-shot, and the images' places."""
+    bags = evaluation.token_bags(run.idf, [caption_labels(text, run.tokenizer) for text in texts])
+    log_p, skipped = evaluation.LOG_PROBABILITY[run.config.loss], Counter()
+    view, scores, places = Prepare(CenterCrop(run.config.image_size)), [], []
+    stream = data.batches(data.OnePass(source, view, evaluation.BATCH), 2, run.idf.df.device)
+    for batch in tqdm(stream, unit=f" x {evaluation.BATCH} images", leave=False):
+        skipped.update(bad.kind for bad in batch.bad)
+        if len(batch.images):
+            features = run.model.features(data.normalize(batch.images))
+            scores.append(evaluation.score_bags(run.model, run.idf, features, bags, log_p=log_p))
+            places += batch.places
+    data.refuse_if_bad(len(places), skipped)
+    if not places:
         raise UserError("no image found: the source is empty")
-    if skipped.any():
-        print(f"skipped {tell_skipped(skipped)}", file=sys.stderr)
-    inputs, lse, places = map(torch.cat, zip(*parts, strict=True))
-    return {"inputs": inputs, "lse": lse, "places": places}
+    if skipped:
+        print(f"skipped {data.describe(skipped)}", file=sys.stderr)
+    return torch.cat(scores), places
 
 
-def cached_index(run: Run, source, args: argparse.Namespace) -> dict[str, Tensor]:
-    """The index of a run's checkpoint and a source, each as it is now; made once, kept in a file.
-
-    Its name is a hash of what it depends on; of files, that is path, size and time of change.
-    """
-    files = source.urls if isinstance(source, Shards) else []
-    if isinstance(source, Files):
-        files = [(row and row[0]) or "" for row in source.rows]
-    asked = (args.data, args.split, args.data_root, run.config["data"], run.config["val_data"])
-    digest = hashlib.sha256(f"{asked} {source} {run.step}".encode())
-    for file in map(str, [run.folder / "checkpoint.pt", *files]):
-        local = os.stat(file) if os.path.exists(file) else None
-        change = (os.path.abspath(file), local.st_size, local.st_mtime_ns) if local else file
-        digest.update(f"{change}\n".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclass"
-    path = cache / f"features-{digest.hexdigest()[:16]}.pt"
-    if path.exists():
-        with contextlib.suppress(UserError):  # if it is damaged, it is made anew
-            return read_checkpoint(path)
-    found = make_index(run, source, args.batch_size, args.workers)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")  # published whole, or not at all
-        torch.save(found, beside)
-        os.replace(beside, path)
-        print(f"features of {len(found['lse']):,} images are kept in {path}", file=sys.stderr)
-    except OSError as error:
-        print(f"features are not kept: {error}", file=sys.stderr)
+def show_search(args: argparse.Namespace) -> dict[str, list]:
+    """The best images of a source for each text."""
+    run, found, rows = load(args.run, args.device), {}, []
+    for text in args.text:
+        word_weights(run, text)  # report unknown words before the slow part
+    source = run_source(run, args.data)
+    scores, places = search(run, source, args.text)
+    best = scores.topk(min(args.number, len(scores)), dim=0)
+    hits = sorted({places[i] for i in best.indices.flatten().tolist()})
+    if isinstance(source, sources.Shards):  # read a shard with several hits only once
+        source.read = functools.lru_cache(maxsize=1)(source.read)
+    raws = {place: source.at(place) for place in hits}
+    pictures = {place: Prepare(CenterCrop(TILE))(raw) for place, raw in raws.items()}
+    for q, text in enumerate(args.text):
+        chosen = zip(best.indices[:, q].tolist(), best.values[:, q].exp().tolist(), strict=True)
+        chosen = [(places[i], value) for i, value in chosen]
+        found[text] = [(name_of(raws[place]), value) for place, value in chosen]
+        captions = [(f"{value:.1%}  {name}", INK) for name, value in found[text]]
+        shown = (pixels(pictures[place]) for place, _ in chosen)
+        rows.append((f'"{text}"', [*zip(shown, ([caption] for caption in captions), strict=True)]))
+        print(f"{text}:", *(caption for caption, _ in captions), sep="\n  ")
+    title = f"{args.run.resolve().name}: the best of {len(scores):,} images for a text"
+    about = "percentage: mean probability of the text's tokens; then the image's caption or file"
+    sheet(title, about, rows, 6, args.out)
     return found
 
 
-@torch.inference_mode()
-def search(run: Run, index: dict[str, Tensor], texts: list[str]) -> Tensor:
-    """Scores [Q, N] of an index's images for texts: their zero-shot score, as in eval.py."""
-    bags = torch.stack([word_weights(run, text) for text in texts])  # [Q, V]
-    w, b = (bags @ run.model.head.weight).cpu(), (bags @ run.model.head.bias).cpu()  # [Q, D], [Q]
-    pieces = zip(index["inputs"].split(8192), index["lse"].split(8192), strict=True)
-    return torch.cat([w @ x.float().T + b[:, None] - lse for x, lse in pieces], dim=1)
-
-
-def show_search(args: argparse.Namespace) -> dict:
-    """The best images of a source for each text."""
-    run = load(args.run, args.device)
-    for text in args.text:
-        word_weights(run, text)  # a mistake is told before the long part
-    start = time.perf_counter()
-    source = open_source(args, run.config)
-    index = cached_index(run, source, args)
-    scores = search(run, index, args.text)  # [Q, N]
-    best = scores.topk(min(args.number, scores.shape[1]), dim=1)
-    seconds = time.perf_counter() - start
-
-    places = [[tuple(index["places"][n].tolist()) for n in row] for row in best.indices]
-    raws = Placed(source).fetch(sorted({place for row in places for place in row}))
-    samples = {place: look(raw, run.config["image_size"]) for place, raw in raws.items()}
-    rows, answers = [], []
-    for text, found, values in zip(args.text, places, best.values.tolist(), strict=True):
-        hits = [(samples[place], v) for place, v in zip(found, values, strict=True)]
-        for sample in (sample for sample, _ in hits if isinstance(sample, BadSample)):
-            print(f"a hit is gone: {sample}", file=sys.stderr)
-        hits = [(sample, v) for sample, v in hits if isinstance(sample, Sample)]
-        answers.append({"text": text, "images": [{"image": s.name, "score": v} for s, v in hits]})
-        tiles = [(s.picture, [(f"{math.exp(v):.1%}  {s.name}", INK)]) for s, v in hits]
-        rows.append((f'"{text}"', tiles))
-    title = f"The best of {scores.shape[1]:,} images for a text, by run {args.run.resolve().name}"
-    subtitle = "percentage: the text's mean probability; after it the image's caption or file"
-    save(contact_sheet(title, subtitle, rows)[0], args.out)
-    print(f"{scores.shape[1]:,} images searched in {seconds:.2f} s", file=sys.stderr)
-    return {"run": str(args.run), "images": scores.shape[1], "seconds": seconds, "texts": answers}
-
-
 # ------------------------------------------------------------------------------------------------
-# show.py curves, show.py scaling
+# Curves. A point is (panel, line, images seen, value, deviation).
 
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 CURVES = {"loss": "loss", "lr": "learning rate", "images_per_s": "images a second"}
 
 
-def line_style(r: int) -> dict:
-    """Seven colours of solid lines, then the same of dashed and dotted ones."""
-    return {"color": COLOURS[r % 7], "linestyle": ["-", "--", ":"][r // 7 % 3]}
+def show_curves(args: argparse.Namespace) -> dict[str, dict]:
+    """Loss, speed and scores of runs over the images seen."""
+    panels, styles = {}, {}
+    for title, line, *point in (final_points if args.final else curve_points)(args.run):
+        panels.setdefault(title, {}).setdefault(line, []).append(tuple(point))
+        dash, colour = divmod(len(styles), len(COLOURS))
+        look = {"color": COLOURS[colour], "linestyle": ["-", "--", ":"][dash % 3]}
+        styles.setdefault(line, look | {"label": line})
+    rows, below = math.ceil(len(panels) / 3), 34 + 18 * math.ceil(len(styles) / 3)
+    height = 225 * rows + below
+    page = Figure((PAGE / 100, height / 100), dpi=100)
+    grid, drawn = page.subplots(rows, min(3, len(panels)), sharex=True, squeeze=False), {}
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for line, points in lines.items():
+            x, y, deviation = zip(*sorted(points), strict=True)
+            marker = "" if title in CURVES.values() and x[1:] else "o"
+            drawn[line] = axes.errorbar(x, y, deviation, ms=4, marker=marker, **styles[line])
+            print(f"{line}: {title} {y[-1]:.4g} after {x[-1]:,} images")
+        if title not in CURVES.values() and axes.dataLim.y1 <= 1:
+            axes.set_ylim(0, 1.05)
+        if args.final:
+            axes.set_xscale("log")
+            axes.set_xticks(sorted({x for points in panels[title].values() for x, *_ in points}))
+            axes.minorticks_off()
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_title(title)
+        axes.tick_params(labelbottom=True)
+    page.legend(handles=[*drawn.values()], loc="lower center", ncols=3)
+    page.text(0.5, below / height, "images seen", ha="center", va="top", size=9)
+    page.tight_layout(rect=(0, below / height, 1, 1))
+    save(page, args.out)
+    return panels
 
 
-def plotter():
-    """matplotlib, drawing into files; it is no requirement of the rest."""
-    try:
-        import matplotlib.pyplot
-    except ImportError:
-        raise UserError("curves are drawn by matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    return matplotlib
-
-
-def save_figure(figure, path: Path):
-    try:
-        figure.savefig(path, format="png", dpi=100)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}") from None
-
-
-def show_curves(args: argparse.Namespace):
-    """Loss, learning rate, speed and evaluation of runs over the samples seen."""
-    matplotlib = plotter()
-    panels = {title: {} for title in CURVES.values()}  # panel -> number of the run -> points
-    for r, folder in enumerate(args.run):
-        batch_size, lines = read_config(folder)["batch_size"], read_jsonl(folder / "metrics.jsonl")
-        if not lines:
+def curve_points(folders: list[Path]) -> Iterator[tuple]:
+    """Training and all evaluations of runs; a line is a run."""
+    for folder in folders:
+        batch_size = runs.read_config(folder).batch_size
+        metrics = runs.read_jsonl(folder / "metrics.jsonl")
+        if not metrics:
             raise UserError(f"{folder} has no line in its metrics.jsonl yet")
-        for key, title in CURVES.items():
-            panels[title][r] = [(line["samples"], line[key]) for line in lines]
-        for row in own_rows(folder):
-            name = f"{task_name(row)} {row.get('attribute', '')}".strip()
-            scores = {f"{name} {key}": value for key, value in row.items() if "@" in key}
-            for title, value in (scores or {f"{name}, top-1": row["top1"]}).items():
-                points = panels.setdefault(title, {}).setdefault(r, [])
-                points.append((row["step"] * batch_size, value))
-    below = 0.35 + 0.2 * math.ceil(len(args.run) / 3)  # inches, for the legend
-    height = 2.2 * math.ceil(len(panels) / 3) + below
-    figure, axes = matplotlib.pyplot.subplots(math.ceil(len(panels) / 3), 3, figsize=(9, height))
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, runs) in zip(axes.flat, panels.items(), strict=False):
-        for r, points in runs.items():
-            marker = "" if title in CURVES.values() and len(points) > 1 else "o"
-            axis.plot(*zip(*sorted(points), strict=True), marker=marker, ms=4, **line_style(r))
-        axis.set_xlim(left=0)
-        if title not in CURVES.values():
-            axis.set_ylim(0, 1.05)
-        axis.set_title(title, fontsize=10)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    lines = [matplotlib.lines.Line2D([], [], **line_style(r)) for r in range(len(args.run))]
-    figure.legend(lines, map(str, args.run), loc="lower center", ncols=3, fontsize=9)
-    figure.text(0.5, (below - 0.17) / height, "images seen", ha="center", fontsize=9)
-    figure.tight_layout(rect=(0, below / height, 1, 1))
-    save_figure(figure, args.out)
+        for (key, title), line in itertools.product(CURVES.items(), metrics):
+            yield title, str(folder), line["samples"], line[key], 0
+        for row in runs.own_rows(folder):
+            name = f"{evaluation.task_name(row)} {row.get('attribute', '')}".strip()
+            scores = {f"{name} {key}": row[key] for key in row if isinstance(row[key], float)}
+            for title, value in ({name: row["top1"]} if "top1" in row else scores).items():
+                yield title, str(folder), row["step"] * batch_size, value, 0
 
 
-def show_scaling(args: argparse.Namespace):
-    """Final scores of whole runs over their length, a line for each objective and encoder size.
+def final_points(folders: list[Path]) -> Iterator[tuple]:
+    """Final scores of whole runs, as in the paper's Figure 2: means over the seeds of a group.
 
-    The paper's Figure 2, of the runs that are given. Points are means over runs that differ in
-    nothing but their seed, bars their standard deviation.
+    A line is an objective and a model.
     """
-    matplotlib = plotter()
-    points = {}  # (objective, model, samples) -> configs, one a seed
-    lines = {}  # task -> (objective, model) -> samples -> scores, one a seed
-    for folder in args.run:
-        config, scores = finished(folder)
-        key = config["objective"], config["model"]
-        points.setdefault((*key, config["samples"]), []).append(config)
-        scores = {task: score for task, score in scores.items() if task not in COSTS}
-        if not scores:
-            raise UserError(f"{folder} has no score of its end in its eval.jsonl")
-        for task, score in scores.items():
-            runs = lines.setdefault(task, {}).setdefault(key, {})
-            runs.setdefault(config["samples"], []).append(score)
-    for (*key, samples), configs in points.items():
-        refuse_if_different(f"{' '.join(key)}, {samples:,} images", configs)
-    keys = list(dict.fromkeys(key for of_task in lines.values() for key in of_task))
-    objectives, models = (list(dict.fromkeys(column)) for column in zip(*keys, strict=True))
-    wide = min(4, len(objectives))  # the legend, which is filled by columns
-    below = 0.2 + 0.2 * math.ceil(len(keys) / wide)  # inches
-    rows, columns = math.ceil(len(lines) / 3), min(3, len(lines))
-    figure, axes = matplotlib.pyplot.subplots(
-        rows, columns, figsize=(9, 3 * rows + below), sharey=True, squeeze=False
-    )
-    for axis in axes.flat[len(lines) :]:
-        axis.set_visible(False)
-    handles = {}  # of all panels: a task may be measured on some runs only
-    for axis, (task, of_task) in zip(axes.flat, lines.items(), strict=False):
-        for (objective, model), runs in of_task.items():
-            samples, scores = zip(*sorted(runs.items()), strict=True)
-            means, deviations = zip(*map(mean_and_deviation, scores), strict=True)
-            o, m = objectives.index(objective), models.index(model)
-            style = {"color": COLOURS[o % 7], "linestyle": ["-", "--", ":"][m % 3]}
-            style |= {"marker": "os^Dv"[m % 5], "label": f"{objective} {model}"}
-            bars = [deviation or 0 for deviation in deviations]
-            drawn = axis.errorbar(samples, means, bars, capsize=2, ms=5, **style)
-            handles[objective, model] = drawn
-        axis.set_xscale("log")
-        axis.set_xticks(sorted({n for runs in of_task.values() for n in runs}), minor=False)
-        axis.set_xticks([], minor=True)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        axis.set_title(f"{task}, top-1", fontsize=10)
-        axis.set_xlabel("images seen", fontsize=9)
-        axis.tick_params(labelsize=8, labelleft=True)
-        axis.grid(alpha=0.3)
-    figure.legend(handles=list(handles.values()), loc="lower center", ncols=wide, fontsize=9)
-    figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
-    save_figure(figure, args.out)
+    names = {}
+    for name, group in evaluation.grouped(folders).items():
+        config, scores = group[0]
+        line = f"{config.objective} {config.model}"
+        other = names.setdefault((line, config.samples), name)
+        if other != name:
+            raise UserError(f"'{other}' and '{name}' would be one point: {line}, {config.samples}")
+        tasks = {task for task in scores if all(task in found for _, found in group)}
+        if not tasks - {*evaluation.COSTS}:
+            raise UserError(f"'{name}' has no score of the end that all its runs have")
+        for task in (task for task in scores if task in tasks - {*evaluation.COSTS}):
+            mean, deviation = evaluation.mean_and_deviation([found[task] for _, found in group])
+            yield task, line, config.samples, mean, deviation or 0
 
 
 # ------------------------------------------------------------------------------------------------
-# show.py data
+# A source's data.
 
 
-def show_data(args: argparse.Namespace) -> dict:
-    """A source as training would meet it: augmented samples, captions, labels, what is skipped."""
-    where = args.data_root, args.class_names, args.caption_noise
-    source = load_source(args.data, args.split, *where)
-    tokenizer = load_tokenizer(args.tokenizer, source.captions(50_000), args.clip_vocab)
-    view = Augment(args.image_size, args.min_scale, args.flip, args.color_jitter, args.grayscale)
-    encode = functools.partial(
-        caption_tokens, max_tokens=10**6, without_stopwords=args.drop_stopwords
-    )
-    prepare, position = Prepare(view, tokenizer, args.seed, encode), itertools.count()
-
-    def make(raw: Raw | BadSample):
-        item = prepare(raw, (next(position),))
-        if isinstance(item, BadSample):
-            return item
-        return item[0], read_caption(raw.caption), item[1], min(open_image(raw.image).size)
-
-    items = gather(source, args.limit, make)
-    samples = [item for item in items if not isinstance(item, BadSample)]
-    idf = IDF(tokenizer.n_vocab)
-    for _, _, ids, _ in samples:
-        idf.update(torch.tensor([ids[:MAX_TOKENS]]))
-    frequent = idf.df.argsort(descending=True, stable=True)[: args.top].tolist()
-    frequent = [token for token in frequent if idf.df[token]]
-    _, captions, tokens, sides = zip(*samples, strict=True)
+def show_data(args: argparse.Namespace) -> dict[str, list]:
+    """A source as training would see it: augmented samples, captions, labels, bad samples."""
+    source = sources.load_source(args.data, "train", args.data_root, args.class_names)
+    tokenizer = load_tokenizer(args.tokenizer, source.captions(50_000))
+    view = data.Augment(args.image_size, args.min_scale, args.flip, args.color_jitter)
+    samples, bad = gather(source, 1000, Prepare(view, tokenizer, args.seed, args.drop_stopwords))
+    captions = [name_of(raw) for raw, _ in samples]
+    tokens = [caption_tokens(c, tokenizer, 10**6, args.drop_stopwords) for c in captions]
+    labels = [list(dict.fromkeys(sample.tokens)) for _, sample in samples]
     numbers = {
         "words of a caption": [len(caption.split()) for caption in captions],
-        "tokens of a caption": [len(ids) for ids in tokens],
-        "labels of an image": [len(set(ids[:MAX_TOKENS])) for ids in tokens],
-        "shorter side, pixels": sides,
+        "tokens of a caption": list(map(len, tokens)),
+        "labels of an image": list(map(len, labels)),
+        "shorter side, pixels": [min(data.open_image(raw.image).size) for raw, _ in samples],
     }
-    skipped = Counter(item.kind for item in items if isinstance(item, BadSample))
-    figures = {"source": f"{args.data}: {source}", "examined": len(items), "skipped": skipped}
-    figures["cut to 77 tokens"] = sum(len(ids) > MAX_TOKENS for ids in tokens)
-    figures["quantiles"] = {
-        name: {at: int(np.quantile(values, q, method="nearest")) for at, q in QUANTILES.items()}
-        for name, values in numbers.items()
-    }
-    names, weights = [spell([t], tokenizer) for t in frequent], idf.weights()[frequent].tolist()
-    shares = (idf.df[frequent] / len(samples)).tolist()
-    rows = zip(names, shares, weights, strict=True)
-    figures["tokens"] = [dict(zip(("token", "share", "idf"), row, strict=True)) for row in rows]
-
-    tiles = []
-    number = min(args.number, len(samples))
-    for picture, caption, ids, _ in (samples[n * len(samples) // number] for n in range(number)):
-        labels = ", ".join(spell([t], tokenizer) for t in dict.fromkeys(ids[:MAX_TOKENS]))
-        tiles.append((Image.fromarray(picture.permute(1, 2, 0).numpy()),
-                      [(caption, INK), (labels, AGAINST)]))  # fmt: skip
-    save(draw_data(args, tiles, figures), args.out)
-    return figures
-
-
-MAX_TOKENS = 77  # of a caption count as labels
-QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
-
-
-def draw_data(args: argparse.Namespace, tiles: list, figures: dict) -> Image.Image:
-    """Augmented samples, and below them the figures."""
-    examined, tokens = figures["examined"], figures["tokens"]
-    skipped = figures["skipped"] or {"nothing": 0}
-    below = 56 + 18 * max(len(tokens), 8 + len(skipped))
-    subtitle = f"views of {args.image_size} px as training sees them; the caption; in blue its "
-    subtitle += f"labels, the tokens of {args.tokenizer}; -x goes on in a word"
-    image, draw = contact_sheet(figures["source"], subtitle, [("", tiles)], below)
-    top = image.height - below + 16
-
-    def table(x: int, y: int, widths: list[int], rows: list[list[str]]):
-        for i, row in enumerate(rows):
-            for j, cell in enumerate(row):
-                colour = GREY if not i or not j else INK
-                write(draw, x + sum(widths[:j]), y + 18 * i, cell, 13, colour, widths[j] - 6)
-
-    rows = [[name, *map(str, row.values())] for name, row in figures["quantiles"].items()]
-    table(MARGIN, top, [140, *[56] * 5], [["", *QUANTILES], *rows])
-    rows = [[kind, str(count)] for kind, count in skipped.items()]
-    rows.append(["cut to 77 tokens", str(figures["cut to 77 tokens"])])
-    table(MARGIN, top + 108, [252, 150], [["what would be skipped", f"of {examined}"], *rows])
-    rows = [[row["token"], f"{row['share']:.1%}", f"{row['idf']:.2f}"] for row in tokens]
-    head = ["most frequent tokens", "of captions", "IDF"]
-    table(PAGE // 2 + 50, top, [190, 100, 80], [head, *rows])
-    return image
+    shares = (0, 0.05, 0.5, 0.95, 1)
+    quantiles = [["quantiles", "least", "5%", "median", "95%", "most"]]
+    quantiles += [[key, *np.quantile(n, shares, method="nearest")] for key, n in numbers.items()]
+    skipped = [["bad samples", f"of {len(samples) + len(bad)}"]]
+    skipped += Counter(item.kind for item in bad).items()
+    skipped += [("captions cut to 77 tokens", sum(len(ids) > 77 for ids in tokens))]
+    idf, frequent = IDF(tokenizer.n_vocab), [["frequent tokens", "of captions", "IDF"]]
+    idf.update(data.pad(labels))
+    for i in idf.df.argsort(descending=True, stable=True)[: min(16, idf.df.count_nonzero())]:
+        figures = f"{idf.df[i] / idf.n:.1%}", f"{idf.weights()[i]:.2f}"
+        frequent.append([spell(i.item(), tokenizer), *figures])
+    cells = []
+    for i in np.linspace(0, len(samples), min(args.number, len(samples)), False, dtype=int):
+        names = ", ".join(spell(token, tokenizer) for token in labels[i])
+        cells.append((pixels(samples[i][1]), [(captions[i], INK), (names, AGAINST)]))
+    about = f"views of {args.image_size} px as in training; captions; in blue their labels, the "
+    about += f"tokens of {args.tokenizer}, where -x is a piece inside a word"
+    sheet(f"{args.data}: {source}", about, [("", cells)], 6, args.out)
+    for table in (quantiles, skipped, frequent):
+        for first, *rest in table:
+            print(f"{first:<26}", *(f"{cell:>11}" for cell in rest))
+        print()
+    return {"quantiles": quantiles, "skipped": skipped, "tokens": frequent}
 
 
 # ------------------------------------------------------------------------------------------------
 # Flags.
 
 
-def share(text: str) -> float:
-    """The type of flags from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Look at runs and sources.")
     commands = parser.add_subparsers(dest="command", required=True)
+    style, count = argparse.ArgumentDefaultsHelpFormatter, runs.number(int, 1)
 
-    def command(name: str, text: str, function: Callable):
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
+    def command(name: str, function: Callable) -> Callable:
+        text = function.__doc__.splitlines()[0]
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=style)
         sub.set_defaults(function=function)
         sub.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="the picture, a PNG")
-        return sub, sub.add_argument
+        return sub.add_argument
 
-    def source_flags(add, default_root: str | None = None):
-        add("--split", default="val", choices=("train", "val"), help="of a built-in source")
-        add("--data-root", default=default_root, help="where torchvision keeps its sets")
-        add("--class-names", help="file with a class a line, several names between commas")
-        add("--json", action="store_true", help="print the figures as JSON")
+    def run_flags(add: Callable):
+        add("run", type=Path, help="the run's folder")
+        add("--data", help="the source; default: what the run is evaluated on")
+        add("--device", default="auto", help="auto, cuda, mps or cpu")
 
-    sub, add = command("words", "the words of images, and where they come from", show_words)
-    add("run", type=Path, help="the run's folder")
-    add("image", type=Path, nargs="*", help="image files and folders")
-    add("--data", help="without images: the source; default: what the run is evaluated on")
-    add("--number", type=positive, default=4, help="samples of a source or folder")
-    add("--word", action="append", help="map this word or text; may be repeated")
-    add("--maps", type=positive, default=3, help="without --word: maps of so many top words")
-    add("--top", type=positive, default=6, help="words with bars")
+    add = command("words", show_words)
+    run_flags(add)
+    add("image", type=Path, nargs="*", help="image files, instead of a source")
+    add("--number", type=count, default=4, help="samples of a source")
+    add("--word", action="append", help="map this text instead of the top words; may be repeated")
     add("--lift", action="store_true", help="rank words by probability over frequency")
-    add(
-        "--at",
-        default="input",
-        choices=tuple(SHARES),
-        help="split a logit at that end of the encoder",
-    )
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
-    source_flags(add)
-
-    sub, add = command("search", "the best images of a source for a text", show_search)
-    add("run", type=Path, help="the run's folder")
+    add("--at", default="input", choices=tuple(SHARES), help="split there in the encoder")
+    add = command("search", show_search)
+    run_flags(add)
     add("text", nargs="+", help="what to look for; several texts, several answers")
-    add("--data", help="the source; default: what the run is evaluated on")
-    add("--number", type=positive, default=6, help="images a text")
-    add("--batch-size", type=positive, default=256)
-    add("--workers", type=natural, default=2)
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
-    source_flags(add)
-
-    sub, add = command("curves", "how runs went, over the samples seen", show_curves)
+    add("--number", type=count, default=6, help="images for each text")
+    add = command("curves", show_curves)
     add("run", type=Path, nargs="+", help="folders of runs")
-
-    sub, add = command("scaling", "final scores over the length of runs", show_scaling)
-    add("run", type=Path, nargs="+", help="folders of finished runs")
-
-    sub, add = command("data", "what training would make of a source", show_data)
-    add("data", help=f"{', '.join(BUILT_IN)}, a folder, a table, .tar shards")
-    add("--limit", type=positive, default=1000, help="samples to examine")
-    add("--number", type=positive, default=12, help="samples to draw")
-    add("--top", type=positive, default=16, help="tokens to list")
-    add("--tokenizer", default="bpe:512", help="as in train.py")
-    add("--clip-vocab", help="CLIP's vocabulary file; default: an installed package's, or fetched")
-    add("--drop-stopwords", action="store_true", help="without words such as 'the' in the captions")
-    add("--caption-noise", type=share, default=0.0, help="share of images with another's caption")
-    add("--image-size", type=positive, default=32, help="pixels")
-    add("--min-scale", type=share, default=0.9, help="smallest share of the image in a random crop")
-    add("--flip", action="store_true", help="mirror half of the images")
-    add("--color-jitter", type=share, default=0.0, help="strength, for 8 images of 10")
-    add("--grayscale", type=share, default=0.0, help="share of images without colour")
-    add("--seed", type=natural, default=0)
-    source_flags(add, "data")
-    sub.set_defaults(split="train")
+    add("--final", action="store_true", help="final scores over the length of finished runs")
+    add = command("data", show_data)
+    add("data", help=f"{', '.join(sources.BUILT_IN)}, a folder, a table, .tar shards")
+    add("--number", type=count, default=12, help="samples to draw")
+    runs.add_data_flags(add)
     return parser
 
 
@@ -837,16 +600,13 @@ def main(argv: list[str] | None = None):
     args = make_parser().parse_args(argv)
     try:
         if args.out.suffix.lower() != ".png":
-            raise UserError(f"--out {args.out}: pictures are written as PNG, name a .png")
-        out, given = args.out.resolve(), {path.resolve() for path in getattr(args, "image", ())}
-        if out.exists() and given & {out, *out.parents}:
+            raise UserError(f"--out {args.out}: pictures are written as PNG, name a .png file")
+        if args.out.resolve() in {path.resolve() for path in getattr(args, "image", ())}:
             raise UserError(f"--out {args.out} is one of the images: name another file")
-        figures = args.function(args)
+        args.function(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if getattr(args, "json", False):
-        print(json.dumps(figures, indent=1))
     print(f"the picture is {args.out}", file=sys.stderr)
 
 

@@ -1,16 +1,15 @@
-"""Pretrain a vision encoder with SuperClass, or with what it is compared to: one flat loop.
+"""Pretrain a vision encoder with SuperClass, or with what it is compared to: one loop for all.
 
     python train.py                                     drawn shapes, two CPU cores, a few minutes
     torchrun --standalone --nproc_per_node=8 train.py --data ... --model B/16 --image-size 224
 
-A run lives in its folder (--out): config.json, tokenizer.tiktoken, checkpoint.pt, encoder.pt,
-metrics.jsonl, eval.jsonl. `python train.py --out RUN --resume` continues it exactly where it stood.
+A run lives in its folder, --out; `run.py` lists what it holds. `python train.py --out RUN --resume`
+continues a run exactly where it stopped.
 """
 
 import argparse
 import atexit
 import contextlib
-import functools
 import json
 import math
 import multiprocessing
@@ -19,332 +18,177 @@ import re
 import signal
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter as HelpFormatter
+from collections import Counter
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
+import caption
+import data
+import run
+import sources
+from baselines import LOSSES, build_encoder, contrastive_loss, supervised_loss
+from data import Batch, normalize
+from eval import measure, report
+from run import UserError, number
+from superclass import IDF, ViT, superclass_loss
+from tokenizer import load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_config
 
-from baselines import LOSSES, contrastive_loss, supervised_loss
-from data import (
-    KINDS,
-    MEAN,
-    STD,
-    Augment,
-    Prepare,
-    Start,
-    TrainStream,
-    UserError,
-    batches,
-    normalize,
-    refuse_if_bad,
-    tell_skipped,
-)
-from eval import (
-    Run,
-    build_model,
-    measure,
-    open_sources,
-    own_rows,
-    pick_device,
-    read_checkpoint,
-    read_config,
-    read_jsonl,
-    report,
-)
-from superclass import IDF, ViT, build_encoder, superclass_loss
-from tokenizer import (
-    caption_labels,
-    caption_tokens,
-    load_tokenizer,
-    read_tokenizer,
-    save_tokenizer,
-    tokenizer_config,
-)
+CLIP_GRAD = 1.0  # the largest norm of the gradient
+PROBE_IMAGES = 10_000  # training images for the probe before and after training; eval.py takes all
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Pretrain with SuperClass.", formatter_class=HelpFormatter
+        description="Pretrain with SuperClass.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add(
-        "--data",
-        default="shapes",
-        help="shapes, cifar10, cifar100, fashion-mnist, a folder, a table, .tar shards",
-    )
-    add("--val-data", help="source to evaluate on; built-in sources have a split of their own")
-    add("--data-root", default="data", help="where torchvision keeps its sets")
-    add("--class-names", help="file with a class a line, several names between commas")
-    add("--caption-noise", type=float, default=0.0, help="share of images with another's caption")
-    add(
-        "--tokenizer",
-        default="bpe:512",
-        help="bpe:N or words:N (learned from the captions), clip, a tiktoken name, a .tiktoken",
-    )
-    add("--clip-vocab", help="CLIP's vocabulary file; default: an installed package's, or fetched")
-    add("--drop-stopwords", action="store_true", help="without words such as 'the' in the captions")
-    add(
-        "--objective",
-        default="superclass",
-        choices=("superclass", "clip", "lit", "supervised"),
-        help="lit: a text tower for the locked encoder of --init; supervised: the source's classes",
-    )
+    add, count = parser.add_argument, number(int, 1)
+    objectives = ("superclass", "clip", "superclip", "lit", "caption", "supervised")
+    add("--data", default="shapes", help="a built-in source, a folder, a table or .tar shards")
+    add("--val-data", help="source to evaluate on; built-in sources have their own split")
+    run.add_data_flags(add)
+    add("--objective", default="superclass", choices=objectives, help="what is learned")
     add("--loss", default="softmax", choices=("softmax", *LOSSES), help="of superclass")
-    add("--no-idf", action="store_true", help="softmax: weight all tokens of a caption alike")
+    add("--no-idf", action="store_true", help="softmax: weight all tokens of a caption equally")
     add("--model", default="XS/8", help="SIZE/PATCH, such as B/16; resnet50, convnext_tiny")
-    add("--init", help="start from the encoder of a run, or of a file of timm's or ours")
-    add("--image-size", type=int, default=32, help="pixels")
-    add("--samples", type=int, default=76_800, help="images seen in the whole run")
-    add("--batch-size", type=int, default=128, help="global: over all processes and micro-batches")
-    add(
-        "--micro-batch",
-        type=int,
-        help="images in one forward pass of one process; default: its share of the batch",
-    )
-    add("--lr", type=float, default=1.5e-3, help="peak learning rate")
-    add("--layer-decay", type=float, default=1.0, help="learning rate from a block to that below")
-    add("--beta2", type=float, default=0.98, help="AdamW's second decay")
-    add("--weight-decay", type=float, default=0.2, help="for matrices; other parameters have none")
-    add("--warmup", type=int, default=40, help="steps")
-    add("--clip-grad", type=float, default=1.0, help="largest norm of the gradient")
-    add("--min-scale", type=float, default=0.9, help="smallest share of the image in a random crop")
-    add("--flip", action="store_true", help="mirror half of the images")
-    add("--color-jitter", type=float, default=0.0, help="strength, for 8 images of 10")
-    add("--grayscale", type=float, default=0.0, help="share of images without colour")
-    add(
-        "--precision",
-        default="auto",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        help="auto: bf16 where it is fast",
-    )
+    add("--init", help="start from the encoder of a run, or of a file with timm's names")
+    add("--lm", help="caption: the weights of a published GPT-2, which stays frozen")
+    add("--prefix", default="patches", choices=("patches", "pooled"), help="caption: what is read")
+    add("--samples", type=count, default=76_800, help="images seen in the whole run")
+    add("--batch-size", type=count, default=128, help="global: over processes and micro-batches")
+    add("--micro-batch", type=count, help="images in one forward pass; default: a process's share")
+    add("--lr", type=number(float, 0), default=1.5e-3, help="peak learning rate")
+    add("--beta2", type=number(float, 0, 1), default=0.98, help="AdamW's second decay")
+    add("--weight-decay", type=number(float, 0), default=0.2, help="of matrices only")
+    add("--warmup", type=number(int, 0), default=40, help="steps")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="autocast")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--grad-checkpointing", action="store_true", help="recompute activations, to save memory")
-    add("--workers", type=int, default=2, help="processes that load data, per process that trains")
-    add("--seed", type=int, default=0)
+    add("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--workers", type=number(int, 0), default=2, help="loaders of each training process")
+    add("--lanes", type=count, help="shards: processes x workers must divide it; default: theirs")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", type=Path, help="the run's folder; default: runs/DATA")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--no-first-eval", action="store_true", help="evaluate at the end only")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--log-every", type=int, default=20, help="steps between lines of metrics.jsonl")
+    add("--save-every", type=count, default=500, help="steps between checkpoints")
+    add("--log-every", type=count, default=20, help="steps between lines of metrics.jsonl")
     return parser
 
 
-# What may differ when a run is resumed; all else belongs to the run.
-MAY_CHANGE = {"micro_batch", "compile", "grad_checkpointing", "workers", "device"}
-MAY_CHANGE |= {"save_every", "log_every", "out", "resume", "no_first_eval", "clip_vocab"}
-RANGES = dict.fromkeys(["image_size", "samples", "batch_size", "micro_batch"], (1, math.inf))
-RANGES |= dict.fromkeys(["save_every", "log_every"], (1, math.inf))
-RANGES |= dict.fromkeys(["workers", "warmup", "seed"], (0, math.inf))
-RANGES |= dict.fromkeys(["lr", "weight_decay", "clip_grad"], (0.0, math.inf))
-RANGES |= dict.fromkeys(["min_scale", "beta2", "grayscale", "color_jitter"], (0.0, 1.0))
-RANGES |= dict.fromkeys(["caption_noise", "layer_decay"], (0.0, 1.0))
-TWO_TOWERS = ("clip", "lit")  # objectives that read captions, in their order, with a text tower
-PROBE_IMAGES = 10_000  # training images for the probe before and after training; eval.py takes all
-
-
-def train(args: argparse.Namespace, config: dict, rank: int, world: int, device: torch.device):
-    """Train the run in args.out to its end, or to the first signal; config is its config.json."""
+def train(config: argparse.Namespace, rank: int, world: int, device: torch.device):
+    """Train the run in config.out to its end, or until the first signal."""
     say = print if rank == 0 else lambda *_: None
-    tokenizer = read_tokenizer(args.out / "tokenizer.tiktoken", config)
-    train_source, val_source = open_sources(config)
-    if str(train_source) != config["source"]:
-        raise UserError(f"{args.data} is not what it was: {config['source']}, now {train_source}")
+    tokenizer = read_tokenizer(config.out / "tokenizer.tiktoken", vars(config))
+    train_source, val_source = run.open_sources(config)
+    if str(train_source) != config.source:
+        raise UserError(f"{config.data} has changed: it was {config.source}, now {train_source}")
+    B, micro_batch, accumulation = split_batch(config, world)
+    steps = math.ceil(config.samples / B)
 
-    # The global batch is the user's; its split over processes and micro-batches is derived.
-    B = args.batch_size
-    micro_batch, accumulation = split_batch(args, world)
-    steps = math.ceil(args.samples / B)
-
-    # The same seed gives every process the same weights.
-    torch.manual_seed(args.seed)
-    model = build_model(config)
-    if args.init and not (args.out / "checkpoint.pt").exists():
-        init_encoder(model.encoder, Path(args.init), say)
+    torch.manual_seed(config.seed)  # the same weights on every process
+    model, idf = run.build_model(config), IDF(config.vocab_size).to(device)
+    checkpoint = config.out / "checkpoint.pt"
+    if not checkpoint.exists():
+        load_pretrained(model, config, say)
+    if world > 1 and device.type == "cuda":  # torch has this for GPUs only
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
-    model.encoder.grad_checkpointing = args.grad_checkpointing
-    idf = IDF(config["vocab_size"]).to(device)
-    optimizer = make_optimizer(model, args, say)
-    dtype = getattr(torch, config["dtype"])
+    model.encoder.grad_checkpointing = config.grad_checkpointing
+    optimizer = make_optimizer(model, config, say)
+    dtype = getattr(torch, config.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    # Where the run stands: at its beginning, or where its checkpoint left it.
-    start, losses, skipped = 0, [], torch.zeros(len(KINDS), dtype=torch.int64)
-    readers = world * max(1, args.workers)  # each reads its own part of a stream of shards
-    first_pass, places = 0, {}
-    if (args.out / "checkpoint.pt").exists():
-        state = read_checkpoint(args.out / "checkpoint.pt")
-        model.load_state_dict(state["model"])
-        idf.load_state_dict(state["idf"])
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler.is_enabled() and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        start, losses, skipped = state["step"], state["losses"], state["skipped"]
-        first_pass, places = state["first_pass"], state["places"]
-        say(f"resuming {args.out} at step {start}")
-        if places and state["readers"] != readers:
-            first_pass, places = 1 + max(place[0] for place in places.values()), {}
-            say(f"{state['readers']} readers are now {readers}: the stream starts a fresh pass")
-        places = {part: place for part, place in places.items() if part % world == rank}
+    progress = Progress(config, rank, world, device)
+    parts = {"model": model, "idf": idf, "optimizer": optimizer, "scaler": scaler}
+    parts["progress"] = progress
+    if checkpoint.exists():
+        state = run.read_checkpoint(config)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        say(f"resuming {config.out} at step {progress.step}")
         del state  # it holds the weights a second time
-    if total(torch.tensor(start), world) != start * world:
-        raise UserError(
-            f"the processes see different checkpoints: {args.out} must be shared storage"
-        )
+    start = progress.step
+    if progress.total(torch.tensor(start)) != start * world:
+        raise UserError(f"processes see different checkpoints: {config.out} must be shared storage")
 
-    forward = torch.compile(model) if args.compile else model
+    forward = torch.compile(model) if config.compile else model
     if world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    view = Augment(args.image_size, args.min_scale, args.flip, args.color_jitter, args.grayscale)
-    encode = caption_tokens if args.objective in TWO_TOWERS else caption_labels
-    encode = functools.partial(encode, without_stopwords=args.drop_stopwords)
-    read_captions = args.objective != "supervised"  # such data may have classes alone
-    prepare = Prepare(view, tokenizer if read_captions else None, args.seed, encode)
-    loss_of = make_loss(args, config)
-    begin = Start(start * B, first_pass, places)
-    dataset = TrainStream(train_source, prepare, args.seed, micro_batch, rank, world, begin)
+    stream = make_stream(config, train_source, tokenizer, progress)
     say(
-        f"data    {args.data}: {train_source}, {config['vocab_size']:,} tokens ({args.tokenizer})\n"
-        f"model   {args.model} at {args.image_size} px, {args.objective}, on {device} in "
-        f"{config['dtype']}\n"
+        f"data    {config.data}: {train_source}; {config.tokenizer}, {config.vocab_size:,} tokens\n"
+        f"model   {config.model}, {config.image_size} px, {config.objective} on {device}\n"
         f"run     {steps:,} steps x {B:,} = {steps * B:,} images; a batch is {world} processes x "
         f"{accumulation} micro-batches x {micro_batch:,}"
     )
-
-    def save(step: int):
-        state = {"step": step, "losses": losses, "skipped": skipped}
-        state |= {"first_pass": first_pass, "places": union(places, world), "readers": readers}
-        state |= {"model": model.state_dict(), "idf": idf.state_dict()}
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        if rank == 0:
-            publish(state, args.out / "checkpoint.pt")
-            publish(model.encoder.state_dict(), args.out / "encoder.pt")
-        if world > 1:
-            dist.barrier()  # who leaves now must not leave rank 0 writing
-
-    def evaluate(step: int):
-        """Zero-shot and probe, on rank 0; not again when eval.jsonl has this step already."""
-        if rank or not val_source or not val_source.attributes or evaluated(args.out, step):
-            return
-        run = Run(args.out, config, tokenizer, model, idf, step)
-        tasks = ["zeroshot"]
-        if list(train_source.attributes.values()) == list(val_source.attributes.values()):
-            tasks += ["probe", "fewshot"]
-        options = {"limit": PROBE_IMAGES, "workers": args.workers}
-        try:
-            rows = measure(tasks, run, train_source, val_source, **options)
-            print(f"after {step:,} steps\n{report(rows, run)}")
-        except UserError as error:  # no reason to lose the run
-            print(f"no evaluation after {step:,} steps: {error}", file=sys.stderr)
-
+    trained = run.Run(config.out, config, tokenizer, model, idf, start)
     if start == 0:
-        save(0)
-        if not args.no_first_eval:
-            evaluate(0)
+        save(parts, config, rank, world)
+        if not config.no_first_eval:
+            evaluate(trained, train_source, val_source, rank)
+
     stop = catch_signals()
-    metrics = Metrics(args.out / "metrics.jsonl", start) if rank == 0 else None
     bar = tqdm(total=steps * B, initial=start * B, unit="img", unit_scale=True, disable=rank > 0)
-    stream = batches(dataset, args.workers, device)
-    new_losses, new_skipped, told = [], torch.zeros_like(skipped), set()
-    logged, since, waited = start, time.perf_counter(), 0.0
     model.train()
-
-    with bar:  # closed whatever happens, so that a message stands on a line of its own
+    with bar:  # closed whatever happens, so that messages have a line of their own
         for step in range(start, steps):
-            lr = learning_rate(step, steps, args.warmup, args.lr)
+            lr = learning_rate(step, steps, config.warmup, config.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
+                group["lr"] = lr
 
-            # This process's share of the global batch. All of it is counted, on every process,
-            # before any of it is weighted, so that the split changes nothing.
-            asked = time.perf_counter()
-            batch = [next(stream) for _ in range(accumulation)]
-            waited += time.perf_counter() - asked
-            stopping = Agreement(stop, world)
-            for part in batch:
-                part["images"] = part["images"].to(device, non_blocking=True)
-                part["labels"] = part["labels"].to(device, non_blocking=True)
-                part["targets"] = part["targets"].to(device, non_blocking=True)
-                # The last sum over processes runs beside the forward pass.
-                idf.update(part["labels"])
+            batch = progress.wait_for(stream)  # this process's share of the global batch
+            idf.update(batch.labels)  # count all of the global batch before any of it is weighted
+            weights = torch.ones_like(idf.weights()) if config.no_idf else idf.weights()
+            seed_step(config.seed, step, rank)
 
             loss = 0.0
-            for i, part in enumerate(batch):
+            for i, part in enumerate(batch.split(micro_batch)):
                 last = i == accumulation - 1  # gradients are exchanged once a step
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
-                    captions = [part["labels"]] if args.objective in TWO_TOWERS else []
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        outputs = forward(normalize(part["images"]), *captions)
-                    if i == 0:
-                        weights = idf.weights()
-                        weights = torch.ones_like(weights) if args.no_idf else weights
-                    part_loss = loss_of(outputs, part, weights) / accumulation
+                        outputs = forward(normalize(part.images), *other_inputs(config, part))
+                    if config.objective == "superclass" and config.loss == "softmax":
+                        part_loss = superclass_loss(outputs, part.labels, weights)
+                    else:
+                        part_loss = other_loss(config, outputs, part, weights)
+                    part_loss = part_loss / accumulation
                     scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()
 
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
-            # Tensors are only looked at, which waits for the GPU, when a line or a save is due.
-            done, signalled = step + 1, stopping.reached()
-            log = done % args.log_every == 0 or done == steps
-            due = done % args.save_every == 0 or done == steps or signalled
-            new_losses.append(loss)
-            for part in batch:
-                new_skipped += part["skipped"]
-                places |= part["places"]
-                if rank == 0:
-                    warn(part["examples"], told)
-            if log or due:
-                losses += (total(torch.stack(new_losses).cpu(), world) / world).tolist()
-                skipped += total(new_skipped, world)
-                new_losses, new_skipped = [], torch.zeros_like(skipped)
-                check_finite(losses, norm, scaler, done, args.out)
-                refuse_if_bad(done * B, skipped, enough=1 if done == steps else 1000)
+            progress.add(loss, batch)
             bar.update(B)
+            stopping = progress.total(torch.tensor(len(stop))) > 0  # on any process
+            log = progress.step % config.log_every == 0 or progress.step == steps
+            due = progress.step % config.save_every == 0 or progress.step == steps or stopping
+            if log or due:
+                progress.settle(norm, steps)
             if log:
-                now = time.perf_counter()
-                loss = sum(losses) / len(losses)
-                line = {"step": done, "samples": done * B, "loss": loss, "lr": lr}
-                line |= {"grad_norm": norm.item() if norm.isfinite() else None}
-                line |= {"skipped": int(skipped.sum())}
-                seconds = (now - since) / (done - logged)
-                line |= {"images_per_s": B / seconds, "step_s": seconds}
-                line |= {"data_s": waited / (done - logged), "peak_mb": peak_memory(device)}
-                if metrics:
-                    metrics.write(line)
-                bar.set_postfix_str(
-                    f"loss {line['loss']:.3f}, lr {lr:.1e}, data {waited / (now - since):.0%}"
-                )
-                losses, logged, since, waited = [], done, now, 0.0
+                bar.set_postfix_str(progress.log(lr, norm))
             if due:
-                save(done)
-            if signalled and done < steps:
+                save(parts, config, rank, world)
+            if stopping and progress.step < steps:
                 bar.close()
-                say(
-                    f"stopped after step {done} of {steps}; continue with: "
-                    f"python train.py --out {args.out} --resume"
-                )
-                sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+                leave(config, progress.step, steps, stop, rank)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    evaluate(steps)
-    if skipped.any():
-        say(f"skipped beside {steps * B:,} good samples: {tell_skipped(skipped)}")
-    say(f"the run is in {args.out}")
+    for signal_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_, signal.SIG_DFL)
+    evaluate(trained._replace(step=steps), train_source, val_source, rank)
+    if progress.skipped.total():
+        say(f"skipped beside {steps * B:,} good samples: {data.describe(progress.skipped)}")
+    say(f"the run is in {config.out}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -358,193 +202,210 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_loss(args: argparse.Namespace, config: dict):
-    """What turns the model's outputs, a part of the batch and the IDF weights into a loss."""
-    if args.objective in TWO_TOWERS:
-        return lambda outputs, part, weights: contrastive_loss(*outputs)
-    if args.objective == "supervised":
-        sizes = list(map(len, config["classes"].values()))
-        return lambda logits, part, weights: supervised_loss(logits, part["targets"], sizes)
-    if args.loss == "softmax":
-        return lambda logits, part, weights: superclass_loss(logits, part["labels"], weights)
-    return lambda logits, part, weights: LOSSES[args.loss](logits, part["labels"])
+def seed_step(seed: int, step: int, rank: int):
+    """Make stochastic depth and dropout a function of these numbers, not of the process's past."""
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)
 
 
-def init_encoder(encoder: torch.nn.Module, path: Path, say=print):
-    """Load the encoder of a run's folder, or a state dict of timm's names, into `encoder`.
+def other_inputs(config: argparse.Namespace, part: Batch) -> list[Tensor]:
+    """What a model reads besides images."""
+    if config.objective in ("superclass", "supervised"):
+        return []
+    return [part.tokens, part.questions] if config.objective == "caption" else [part.tokens]
 
-    Positions for another image size are interpolated. UserError when anything else does not fit.
+
+def other_loss(config: argparse.Namespace, outputs, part: Batch, weights: Tensor) -> Tensor:
+    """The loss of a micro-batch for all but SuperClass's own."""
+    if config.objective == "superclass":
+        return LOSSES[config.loss](outputs, part.labels)
+    if config.objective == "supervised":
+        return supervised_loss(outputs, part.targets, list(map(len, config.classes.values())))
+    if config.objective == "caption":
+        return caption.caption_loss(outputs, part.tokens)
+    if config.objective == "superclip":
+        contrast, logits = outputs
+        return contrastive_loss(*contrast) + superclass_loss(logits, part.labels, weights)
+    return contrastive_loss(*outputs)
+
+
+def make_optimizer(model: nn.Module, config: argparse.Namespace, say) -> torch.optim.AdamW:
+    """AdamW that decays matrices, but not biases, norms and positions."""
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in learned if p.ndim >= 2 and not name.endswith("pos_embed")]
+    others = [p for name, p in learned if p.ndim < 2 or name.endswith("pos_embed")]
+    groups = []
+    for params, decay in ((matrices, config.weight_decay), (others, 0.0)):
+        n = sum(p.numel() for p in params)
+        say(f"params  {n:,} in {len(params)} tensors with weight decay {decay:g}")
+        groups.append({"params": params, "weight_decay": decay})
+    fused = matrices[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, config.lr, betas=(0.9, config.beta2), eps=1e-6, fused=fused)
+
+
+def make_stream(
+    config: argparse.Namespace, source, tokenizer, progress: "Progress"
+) -> Iterator[Batch]:
+    """This process's share of one global batch after another, from where the run stands."""
+    rank, world, device = progress.rank, progress.world, progress.device
+    B, micro_batch, accumulation = split_batch(config, world)
+    view = data.Augment(config.image_size, config.min_scale, config.flip, config.color_jitter)
+    tokenizer = None if config.objective == "supervised" else tokenizer  # it needs classes alone
+    prepare = data.Prepare(view, tokenizer, config.seed, config.drop_stopwords)
+    start = sources.Start(progress.step * B, config.lanes or 1, progress.lanes)
+    stream = data.TrainStream(source, prepare, config.seed, micro_batch, rank, world, start)
+    return data.batches(stream, config.workers, device, accumulation)
+
+
+class Progress:
+    """A run's book-keeping: what it must remember besides its weights, and metrics.jsonl.
+
+    Tensors are only looked at, which waits for the GPU, when a line or a checkpoint is due.
     """
-    state, own = read_checkpoint(path / "encoder.pt" if path.is_dir() else path), {}
-    if isinstance(state, dict):
-        own = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    if not own or len(own) < len(state):
-        raise UserError(f"--init {path} is no encoder: it must hold tensors by their names alone")
-    wanted = encoder.state_dict()
-    if isinstance(encoder, ViT) and own.get("pos_embed", torch.empty(0)).ndim == 3:
-        old, new = (math.isqrt(t["pos_embed"].shape[1]) for t in (own, wanted))
-        if old != new and old * old == own["pos_embed"].shape[1]:
-            # [1, N, D] -> [1, D, n, n], a picture of D channels, to another size and back.
-            grid = own["pos_embed"].float().transpose(1, 2).unflatten(2, (old, old))
-            options = {"mode": "bicubic", "antialias": True, "align_corners": False}
-            grid = torch.nn.functional.interpolate(grid, (new, new), **options)
-            own["pos_embed"] = grid.flatten(2).transpose(1, 2)
-            say(f"init    positions of {path} interpolated from {old} x {old} to {new} x {new}")
-    wrong = [f"{key} is missing" for key in wanted.keys() - own.keys()]
-    wrong += [f"{key} is not ours" for key in own.keys() - wanted.keys()]
-    wrong += [
-        f"{key} is {tuple(own[key].shape)} and not {tuple(wanted[key].shape)}"
-        for key in wanted.keys() & own.keys()
-        if own[key].shape != wanted[key].shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise UserError(f"--init {path} does not fit: {', '.join(sorted(wrong)[:20])}{more}")
-    encoder.load_state_dict(own)
+
+    def __init__(self, config: argparse.Namespace, rank: int, world: int, device: torch.device):
+        self.config, self.rank, self.world, self.device = config, rank, world, device
+        self.step, self.losses, self.skipped, self.lanes = 0, [], Counter(), {}
+        self.new_losses, self.new_skipped, self.reported = [], Counter(), set()
+        self.logged, self.since, self.waited = 0, None, 0.0  # since the last line of metrics.jsonl
+
+    def state_dict(self) -> dict:
+        """Called by all processes, because each knows only the lanes that it reads."""
+        everyone = [self.lanes] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, self.lanes)
+        lanes = {lane: place for each in everyone for lane, place in each.items()}
+        state = {"step": self.step, "losses": self.losses, "skipped": dict(self.skipped)}
+        return state | {"lanes": lanes}
+
+    def load_state_dict(self, state: dict):
+        """Also drops the lines of metrics.jsonl that a killed run wrote after its checkpoint."""
+        self.step, self.losses, self.skipped = (
+            state["step"],
+            state["losses"],
+            Counter(state["skipped"]),
+        )
+        self.logged, lanes = self.step, state["lanes"]
+        # Only those that this process reads: it would never move the others on.
+        self.lanes = {n: place for n, place in lanes.items() if n % self.world == self.rank}
+        path = self.config.out / "metrics.jsonl"
+        kept = [line for line in run.read_jsonl(path) if line["step"] <= self.step]
+        if self.rank == 0:
+            run.publish("".join(json.dumps(line) + "\n" for line in kept), path)
+
+    def wait_for(self, stream: Iterator[Batch]) -> Batch:
+        """The next batch, and the seconds that it took."""
+        asked = time.perf_counter()
+        self.since = self.since or asked
+        batch = next(stream)
+        self.waited += time.perf_counter() - asked
+        return batch
+
+    def add(self, loss: Tensor, batch: Batch):
+        """Count a step that was made."""
+        self.step += 1
+        self.new_losses.append(loss)
+        self.lanes |= batch.lanes
+        self.new_skipped.update(bad.kind for bad in batch.bad)
+        for bad in batch.bad:
+            if self.rank == 0 and bad.kind not in self.reported:
+                tqdm.write(f"skipping: {bad}", file=sys.stderr)
+                self.reported.add(bad.kind)
+
+    def settle(self, norm: Tensor, steps: int):
+        """Sum what is new over all processes; stop if a loss is not finite or too much data bad."""
+        losses = self.total(torch.stack(self.new_losses).cpu()) / self.world
+        self.losses += losses.tolist()
+        skipped = self.total(torch.tensor([self.new_skipped[kind] for kind in sources.KINDS]))
+        self.skipped.update(dict(zip(sources.KINDS, skipped.tolist(), strict=True)))
+        self.new_losses, self.new_skipped = [], Counter()
+        first = self.step - len(self.losses) + 1
+        found = {f"loss of step {first + i}": loss for i, loss in enumerate(self.losses)}
+        if self.config.dtype != "float16":  # with fp16 this is normal, and the step is skipped
+            found[f"gradient norm of step {self.step}"] = norm.item()
+        for what, value in found.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {what} is {value}; the last checkpoint in {self.config.out} is intact: "
+                    "try a lower --lr"
+                )
+        seen = self.step * self.config.batch_size
+        data.refuse_if_bad(seen, self.skipped, enough=1 if self.step == steps else 1000)
+
+    def log(self, lr: float, norm: Tensor) -> str:
+        """Write a line of metrics.jsonl; returns its main figures for the progress bar."""
+        now, steps = time.perf_counter(), self.step - self.logged
+        seconds, loss = now - self.since, sum(self.losses) / len(self.losses)
+        line = {"step": self.step, "samples": self.step * self.config.batch_size, "loss": loss}
+        line |= {"lr": lr, "grad_norm": norm.item() if norm.isfinite() else None}
+        line |= {"skipped": self.skipped.total()}
+        line |= {"images_per_s": self.config.batch_size * steps / seconds}
+        line |= {"step_s": seconds / steps, "data_s": self.waited / steps}
+        line |= {"peak_mb": run.peak_memory(self.device)}
+        if self.rank == 0:
+            run.append_jsonl(self.config.out / "metrics.jsonl", [line])
+        text = f"loss {loss:.3f}, lr {lr:.1e}, data {self.waited / seconds:.0%}"
+        self.losses, self.logged, self.since, self.waited = [], self.step, now, 0.0
+        return text
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a CPU tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
 
 
-def make_optimizer(model: torch.nn.Module, args: argparse.Namespace, say) -> torch.optim.AdamW:
-    """AdamW that decays matrices, and not the biases, norms and positions.
-
-    With --layer-decay the learning rate of each block is that much lower than of the one above it
-    (Clark et al., 2020); the patches and positions count as a block, all that follows as another.
-    """
-    groups, depth = {}, len(getattr(model.encoder, "blocks", ()))
-    for name, p in model.named_parameters():
-        if not p.requires_grad:  # a locked encoder
-            continue
-        level = 0  # what comes after the blocks
-        if args.layer_decay != 1 and re.match(r"encoder\.(?!norm)", name):
-            block = re.match(r"encoder\.blocks\.(\d+)", name)
-            level = depth - int(block[1]) if block else depth + 1
-        matrix = p.ndim >= 2 and not name.endswith("pos_embed")
-        groups.setdefault((level, not matrix), []).append(p)
-    for kind, is_other in (("matrices with", False), ("biases, norms, positions without", True)):
-        some = [p for (_, other), group in groups.items() if other == is_other for p in group]
-        say(f"params  {sum(p.numel() for p in some):,} in {len(some)} {kind} weight decay")
-    groups = [
-        {
-            "params": group,
-            "weight_decay": 0.0 if other else args.weight_decay,
-            "lr_scale": args.layer_decay**level,
-        }
-        for (level, other), group in sorted(groups.items(), key=lambda item: item[0])
-    ]
-    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, args.lr, betas=(0.9, args.beta2), eps=1e-6, fused=fused)
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most that was allocated on the GPU so far; on others the process's peak; in MB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """The autocast type; "auto": bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif name == "auto":
-        features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        # AVX-512's bf16 alone does not pay for the conversions: 0.83 of fp32's speed with XS/7.
-        name = "bf16" if features.get("amx_bf16") else "fp32"
-    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[name]
-
-
-def total(values: torch.Tensor, world: int) -> torch.Tensor:
-    """The sum over processes of a CPU tensor."""
+def save(parts: dict, config: argparse.Namespace, rank: int, world: int):
+    """Publish a checkpoint of all parts, and the encoder alone."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    if rank == 0:
+        state["fingerprint"] = run.fingerprint(config)
+        run.publish(state, config.out / "checkpoint.pt")
+        run.publish(parts["model"].encoder.state_dict(), config.out / "encoder.pt")
     if world > 1:
-        dist.all_reduce(values)
-    return values
+        dist.barrier()  # no process may exit while rank 0 is still writing
 
 
-def union(places: dict, world: int) -> dict:
-    """The entries of all processes' dictionaries."""
-    if world == 1:
-        return places
-    everyone = [None] * world
-    dist.all_gather_object(everyone, places)
-    return {part: place for each in everyone for part, place in each.items()}
+def evaluate(trained: run.Run, train_source, val_source, rank: int):
+    """Score a run on rank 0, unless eval.jsonl already has the scores of this step."""
+    scored = any(row["step"] == trained.step for row in run.own_rows(trained.folder))
+    if rank or scored or not val_source:
+        return
+    try:
+        same_classes = list(train_source.attributes.values()) == list(
+            val_source.attributes.values()
+        )
+        tasks = ["zeroshot"] + ["probe", "fewshot"] * same_classes if val_source.attributes else []
+        tasks = ["caption"] if trained.config.objective == "caption" else tasks
+        if tasks:
+            options = {"limit": PROBE_IMAGES, "workers": trained.config.workers}
+            rows = measure(tasks, trained, train_source, val_source, **options)
+            print(f"after {trained.step:,} steps\n{report(rows, trained)}")
+    except UserError as error:  # not a reason to lose the run
+        print(f"no evaluation after {trained.step:,} steps: {error}", file=sys.stderr)
 
 
-def check_finite(losses: list[float], norm: torch.Tensor, scaler, done: int, out: Path):
-    """Stop at the first loss or gradient that is not finite; the last checkpoint stays as it is."""
-    found = [("loss", done - len(losses) + 1 + i, loss) for i, loss in enumerate(losses)]
-    if not scaler.is_enabled():  # with fp16 such a gradient is normal, and its step is left out
-        found.append(("gradient norm", done, norm.item()))
-    for what, step, value in found:
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {what} of step {step} is {value}; the last checkpoint in {out} is as it was: "
-                "try a lower --lr"
-            )
+def leave(config: argparse.Namespace, step: int, steps: int, stop: list[int], rank: int):
+    """Exit after a signal."""
+    if rank == 0:
+        print(
+            f"stopped after step {step} of {steps}; continue with: "
+            f"python train.py --out {config.out} --resume"
+        )
+    sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
 
 def catch_signals() -> list[int]:
     """The list in which the first SIGINT or SIGTERM will leave its number; a second one kills."""
     caught = []
 
-    def catch(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def catch(signal_, _):
+        caught.append(signal_)
+        signal.signal(signal_, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    for signal_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_, catch)
     return caught
-
-
-class Agreement:
-    """Whether any process was told to stop; asked as a step begins, so that all leave together."""
-
-    def __init__(self, stop: list[int], world: int):
-        self.stop, self.flag = stop, torch.tensor(len(stop))
-        self.handle = dist.all_reduce(self.flag, async_op=True) if world > 1 else None
-
-    def reached(self) -> bool:
-        if self.handle is None:  # alone, it need not wait for the next step
-            return bool(self.stop)
-        self.handle.wait()
-        return bool(self.flag)
-
-
-class Metrics:
-    """metrics.jsonl, less the lines that a killed run wrote after its last checkpoint."""
-
-    def __init__(self, path: Path, step: int):
-        kept = [line for line in read_jsonl(path) if line["step"] <= step]
-        self.path = path
-        publish("".join(json.dumps(line) + "\n" for line in kept), path)
-
-    def write(self, line: dict):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def evaluated(folder: Path, step: int) -> bool:
-    """Whether eval.jsonl has the rows of that step, on the run's own data."""
-    return any(row["step"] == step for row in own_rows(folder))
-
-
-def warn(examples: dict[str, str], told: set[str]):
-    """Say what is skipped, once for each kind."""
-    for kind, example in examples.items():
-        if kind not in told:
-            tqdm.write(f"skipping: {example}", file=sys.stderr)
-            told.add(kind)
-
-
-def publish(content: dict | str, path: Path):
-    """Write a file whole or not at all: beside the old one, flushed to the disk, then renamed."""
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -554,153 +415,172 @@ def publish(content: dict | str, path: Path):
 def start_processes(device: str) -> tuple[int, int, torch.device]:
     """Rank, world size and device, from what torchrun sets; one process without it."""
     if "RANK" not in os.environ:
-        return 0, 1, pick_device(device)
+        return 0, 1, run.pick_device(device)
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     elif device.startswith("cuda:"):
-        raise UserError(f"--device {device}: with several processes each has a GPU of its own")
-    device = pick_device("cpu" if device == "auto" else device)
+        raise UserError(f"--device {device}: each of several processes has its own GPU")
+    device = run.pick_device("cpu" if device == "auto" else device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Evaluation runs on rank 0 alone; the others wait for it, an hour at most.
+    # Rank 0 evaluates alone; the others wait for it, an hour at most.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def split_batch(config: argparse.Namespace, world: int) -> tuple[int, int, int]:
+    """The global batch, a micro-batch, and the number of micro-batches of one process.
+
+    Raises UserError if they do not fit together, or if the readers do not fit the lanes.
+    """
+    B, micro_batch = config.batch_size, config.micro_batch or max(1, config.batch_size // world)
+    if B % (micro_batch * world):
+        raise UserError(
+            f"--batch-size {B} is not a multiple of {world} processes x {micro_batch} images"
+        )
+    whole = config.objective in ("clip", "lit", "superclip") or config.loss == "two_way"
+    if whole and micro_batch * world != B:
+        objective = f"--objective {config.objective}"
+        what = "--loss two_way" if config.loss == "two_way" else objective
+        raise UserError(
+            f"{what} compares the images of a batch with each other, so it cannot be split into "
+            "micro-batches: use more processes or a smaller --batch-size"
+        )
+    readers = world * max(1, config.workers)
+    if config.lanes and config.lanes % readers:
+        fitting = [str(n) for n in range(1, config.lanes + 1) if config.lanes % n == 0]
+        raise UserError(
+            f"{world} processes x {max(1, config.workers)} workers do not divide the run's "
+            f"{config.lanes} lanes: their product may be {', '.join(fitting)}"
+        )
+    return B, micro_batch, B // (micro_batch * world)
+
+
+def start_run(config: argparse.Namespace, world: int, device: torch.device):
+    """Make the run's folder with its tokenizer and config.json; UserError if it holds a run."""
+    for name in ("config.json", "checkpoint.pt", "metrics.jsonl"):
+        if (config.out / name).exists():
+            raise UserError(
+                f"{config.out} already holds a run: continue it with --resume, or choose another "
+                "--out"
+            )
+    source, _ = run.open_sources(config)
+    refuse_contradictions(config, source)
+    if isinstance(source, sources.Shards):
+        config.lanes = config.lanes or world * max(1, config.workers)
+        if len(source.urls) < config.lanes:
+            print(
+                f"lanes   {config.lanes} share {len(source.urls)} shards: each is read repeatedly"
+            )
+    tokenizer = load_tokenizer(config.tokenizer, source.captions(50_000))
+    config.classes, config.source = source.attributes, str(source)
+    config.vocab_size, config.mean, config.std = tokenizer.n_vocab, data.MEAN, data.STD
+    config.dtype, config.lm_shape = run.pick_precision(config.precision, device), None
+    vars(config).update(tokenizer_config(tokenizer))
+    if getattr(tokenizer, "unknown", 0):
+        print(f"words   {tokenizer.unknown:.1%} of the captions' words are not among the labels")
+    if config.lm:
+        lm = caption.load_gpt2(config.lm)
+        config.lm_shape = lm.shape
+        if lm.vocab_size != tokenizer.n_vocab:
+            raise UserError(
+                f"--lm {config.lm} knows {lm.vocab_size:,} tokens and --tokenizer "
+                f"{config.tokenizer} has {tokenizer.n_vocab:,}: use --tokenizer gpt2"
+            )
+    model = run.build_model(config)
+    load_pretrained(model, config, say=lambda *_: None)  # refuse what does not fit
+    if config.lm:
+        prefix = model.project(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]
+        if prefix + 2 * 77 + 1 > lm.max_tokens:  # a question, the mark, an answer
+            raise UserError(
+                f"--lm {config.lm} reads {lm.max_tokens} tokens, too few after {prefix}"
+            )
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from None
+    run.publish(save_tokenizer(tokenizer), config.out / "tokenizer.tiktoken")
+    stored = {key: value for key, value in vars(config).items() if key not in ("out", "resume")}
+    run.publish(json.dumps(stored, indent=2) + "\n", config.out / "config.json")
+
+
+def refuse_contradictions(config: argparse.Namespace, source: sources.Pairs | sources.Shards):
+    """Raise UserError for flags that contradict each other or the source."""
+    objective = f"--objective {config.objective}"
+    softmax = config.objective in run.HEADS and config.loss == "softmax"
+    try:
+        is_vit = isinstance(build_encoder(config.model, config.image_size), ViT)
+    except ValueError as error:
+        raise UserError(f"--model {config.model}, {config.image_size} px: {error}") from None
+    if config.loss != "softmax" and config.objective != "superclass":
+        raise UserError(f"--loss {config.loss} is for SuperClass, not for {objective}")
+    if config.no_idf and not softmax:
+        raise UserError("--no-idf is for SuperClass's softmax: nothing else has IDF weights")
+    if config.objective in ("lit", "caption") and not config.init:
+        raise UserError(f"{objective} needs a trained encoder to lock: name a run with --init")
+    if config.objective == "supervised" and not source.attributes:
+        raise UserError(f"{objective}: {config.data} has no classes to train on")
+    if config.lm and config.objective != "caption":
+        raise UserError(f"--lm is for --objective caption, not for {objective}")
+    if config.grad_checkpointing and not is_vit:
+        raise UserError(f"--grad-checkpointing is for the ViT, not for {config.model}")
+    if config.lanes and not isinstance(source, sources.Shards):
+        raise UserError(f"--lanes is for shards: {config.data} has one order for any split")
+
+
+def load_pretrained(model: nn.Module, config: argparse.Namespace, say):
+    """Load the weights that --init and --lm name."""
+    if config.init:
+        run.init_encoder(model.encoder, Path(config.init), say)
+    if config.lm:
+        model.language_model.load_state_dict(caption.load_gpt2(config.lm).state_dict())
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """All flags, and those that were given."""
     parser, unset = make_parser(), object()
-    args = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(args), unset))
-    given = {
-        key: value
-        for key, value in vars(parser.parse_args(argv, blank)).items()
-        if value is not unset
-    }
-    for key, (low, high) in RANGES.items():
-        value = getattr(args, key)
-        if value is not None and not low <= value <= high:
-            allowed = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-            raise UserError(f"--{key.replace('_', '-')} must be {allowed}, not {value}")
-    if args.out is None:
-        args.out = Path("runs") / (re.sub(r"\W+", "-", Path(args.data).stem).strip("-") or "run")
-    return args, given
+    config = parser.parse_args(argv)
+    blank = argparse.Namespace(**dict.fromkeys(vars(config), unset))
+    given = vars(parser.parse_args(argv, blank))
+    given = {key: value for key, value in given.items() if value is not unset}
+    if config.out is None:
+        name = re.sub(r"\W+", "-", Path(config.data).stem).strip("-")
+        config.out = Path("runs") / (name or "run")
+    if config.init and Path(config.init).is_dir():  # its model and image size, if none were given
+        first = vars(run.read_config(Path(config.init)))
+        vars(config).update({key: first[key] for key in {"model", "image_size"} - given.keys()})
+    return config, given
 
 
-def split_batch(args: argparse.Namespace, world: int) -> tuple[int, int]:
-    """Images in a micro-batch, and micro-batches of one process; UserError when it does not fit."""
-    micro_batch = args.micro_batch or max(1, args.batch_size // world)
-    if args.batch_size % (micro_batch * world):
-        raise UserError(
-            f"--batch-size {args.batch_size} is not a multiple of {world} processes x "
-            f"{micro_batch} images"
-        )
-    whole = args.objective in TWO_TOWERS or args.loss == "two_way"
-    if whole and args.batch_size != micro_batch * world:
-        what = f"--loss {args.loss}" if args.loss == "two_way" else f"--objective {args.objective}"
-        raise UserError(
-            f"{what} compares the images of a batch with each other, so it cannot be split into "
-            "micro-batches: give more processes, or a smaller --batch-size"
-        )
-    return micro_batch, args.batch_size // (micro_batch * world)
-
-
-def start_run(args: argparse.Namespace, device: torch.device):
-    """Make the run's folder, with its tokenizer and config.json; UserError when it holds a run."""
-    if any(
-        (args.out / name).exists() for name in ("config.json", "checkpoint.pt", "metrics.jsonl")
-    ):
-        raise UserError(
-            f"{args.out} holds a run already: continue it with --resume, or choose another --out"
-        )
-    source, _ = open_sources(vars(args))
-    check_objective(args, source)
-    try:
-        encoder = build_encoder(args.model, args.image_size)
-    except ValueError as error:
-        raise UserError(f"--model {args.model} --image-size {args.image_size}: {error}") from None
-    if not isinstance(encoder, ViT):
-        for flag, given in {
-            "--layer-decay": args.layer_decay != 1,
-            "--grad-checkpointing": args.grad_checkpointing,
-        }.items():
-            if given:
-                raise UserError(f"{flag} is for the ViT, not for {args.model}")
-    if args.init:
-        init_encoder(encoder, Path(args.init), say=lambda *_: None)
-    tokenizer = load_tokenizer(args.tokenizer, source.captions(50_000), args.clip_vocab)
-    if getattr(tokenizer, "unknown", 0):
-        print(f"words   {tokenizer.unknown:.1%} of the captions' words are not among the labels")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be made: {error.strerror}") from None
-    save_tokenizer(tokenizer, args.out / "tokenizer.tiktoken")
-    config = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
-    config |= {"classes": source.attributes}
-    config |= {"vocab_size": tokenizer.n_vocab, "mean": MEAN, "std": STD, "source": str(source)}
-    config |= {"dtype": pick_precision(args.precision, device), **tokenizer_config(tokenizer)}
-    publish(json.dumps(config, indent=2) + "\n", args.out / "config.json")
-
-
-def check_objective(args: argparse.Namespace, source):
-    """UserError for flags that contradict the objective."""
-    if args.objective != "superclass" and args.loss != "softmax":
-        raise UserError(f"--loss {args.loss} is one of SuperClass: --objective {args.objective}")
-    if args.no_idf and (args.objective != "superclass" or args.loss != "softmax"):
-        raise UserError("--no-idf is for SuperClass's softmax: nothing else has IDF weights")
-    if args.objective == "lit" and not args.init:
-        raise UserError("--objective lit needs a trained encoder to lock: name a run with --init")
-    if args.objective == "supervised" and not source.attributes:
-        raise UserError(f"--objective supervised: {args.data} has no classes to train on")
-
-
-def inherit(args: argparse.Namespace, given: dict):
-    """Take model and image size from the run that --init names, where they were not given."""
-    if args.init and Path(args.init).is_dir():
-        config = read_config(Path(args.init))
-        for key in {"model", "image_size"} - given.keys():
-            setattr(args, key, config[key])
-
-
-def resume_run(args: argparse.Namespace, given: dict) -> argparse.Namespace:
-    """The run's own flags; UserError when one that was given contradicts them."""
-    config = read_config(args.out)
+def resume_run(folder: Path, given: dict) -> dict:
+    """The flags that change; raises UserError for one that contradicts the run's own."""
+    config = vars(run.read_config(folder))
     for key, value in given.items():
-        if key not in MAY_CHANGE and value != config[key]:
+        if key not in run.MAY_CHANGE and value != config[key]:
             flag = "--" + key.replace("_", "-")
             raise UserError(
-                f"{args.out} was started with {flag} {config[key]}, it cannot go on with {value}"
+                f"{folder} was started with {flag} {config[key]}, it cannot go on with {value}"
             )
-    changed = {key: value for key, value in given.items() if key in MAY_CHANGE}
-    return argparse.Namespace(
-        **{**{key: config[key] for key in vars(args) if key in config}, "out": args.out, **changed}
-    )
-
-
-def end_workers():
-    """Kill loading processes that are left: they ignore SIGTERM, and Python would wait for them."""
-    for process in multiprocessing.active_children():
-        process.kill()
+    return {key: value for key, value in given.items() if key in run.MAY_CHANGE}
 
 
 def main(argv: list[str] | None = None):
-    atexit.register(end_workers)
+    # Loader processes ignore SIGTERM, and Python would wait for them at its end.
+    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
     try:
-        args, given = parse(argv)
-        resumed = args.resume and (args.out / "config.json").exists()
-        if resumed:
-            args = resume_run(args, given)
-        else:
-            inherit(args, given)
-        rank, world, device = start_processes(args.device)
-        split_batch(args, world)
+        config, given = parse(argv)
+        resumed = config.resume and (config.out / "config.json").exists()
+        changes = {"out": config.out} | (resume_run(config.out, given) if resumed else {})
+        rank, world, device = start_processes(given.get("device", config.device))
         if rank == 0 and not resumed:
-            start_run(args, device)
+            split_batch(config, world)
+            start_run(config, world, device)
         if world > 1:
             dist.barrier()
-        train(args, read_config(args.out), rank, world, device)
+        config = run.read_config(config.out)
+        vars(config).update(changes)
+        train(config, rank, world, device)
         if world > 1:
             dist.destroy_process_group()
     except UserError as error:

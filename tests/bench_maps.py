@@ -21,9 +21,8 @@ from torch import Tensor
 
 import shapes
 from data import CenterCrop, normalize
-from eval import Run
-from shares import SHARES
-from show import load, word_weights
+from run import Run
+from show import SHARES, load, word_weights
 
 IMAGES = 500
 ATTRIBUTES = ["shape", "colour"]
@@ -39,7 +38,7 @@ def patches(mask: Image.Image, side: int) -> Tensor:
 
 
 def one_object(i: int) -> tuple[dict, Image.Image, Image.Image]:
-    """Scene, drawing and mask of sample i, as data.Shapes draws it: after its caption."""
+    """Scene, drawing and mask of sample i, as sources.Shapes draws it: after its caption."""
     scene = shapes.scene_of(i, "val")
     shapes.caption(scene)
     return scene, *shapes.draw(scene)
@@ -71,7 +70,7 @@ def rate(run: Run, images: Tensor, names: list[str], masks: Tensor, at: str) -> 
 def main(folder: str):
     torch.manual_seed(0)
     run = load(Path(folder), "cpu")
-    size = run.config["image_size"]
+    size = run.config.image_size
     with torch.no_grad():
         side = round(run.model.encoder(torch.zeros(1, 3, size, size)).shape[1] ** 0.5)
     names = {key: [name for name, *_ in shapes.ATTRIBUTES[key]] for key in ATTRIBUTES}

@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,26 +16,22 @@ from torchvision.transforms import v2
 
 import data
 import shapes
+import sources
 from data import (
-    KINDS,
     Augment,
-    BadSample,
     CenterCrop,
     OnePass,
     Prepare,
-    Raw,
-    Shapes,
-    Start,
     TrainStream,
     UserError,
     batches,
-    load_source,
     normalize,
     open_image,
     refuse_if_bad,
     resized_crop,
     to_rgb,
 )
+from sources import KINDS, BadSample, Raw, Sample, Shapes, Start, load_source
 from tests.conftest import COLOURS, caption, encoded, picture, sample_members, write_tar
 from tokenizer import load_tokenizer
 
@@ -73,20 +73,40 @@ def test_bad_images_are_told_apart(tmp_path):
     giant = bytearray(encoded(Image.new("RGB", (8, 8)), "PNG"))
     giant[16:24] = (60_000).to_bytes(4, "big") * 2
     giant[29:33] = zlib.crc32(giant[12:29]).to_bytes(4, "big")
+    gif = encoded(picture(0), "GIF", save_all=True, append_images=[picture(1)])
+    (tmp_path / "empty.jpg").touch()
     cases = [
-        ("empty image file", b""),
-        ("not a JPEG, PNG or WebP image", b"plain text"),
-        ("not a JPEG, PNG or WebP image", encoded(picture(0), "GIF")),
-        ("damaged image", good[: len(good) // 2]),
-        ("image of absurd dimensions", bytes(giant)),
-        ("missing image", tmp_path / "none.jpg"),
+        ("unreadable image", "empty file", b""),
+        ("unreadable image", "empty file", tmp_path / "empty.jpg"),
+        ("unreadable image", "10 bytes that are not JPEG, PNG or WebP", b"plain text"),
+        ("unreadable image", "are not JPEG, PNG or WebP", gif),
+        ("unreadable image", "truncated", good[: len(good) // 2]),
+        ("unreadable image", "3600000000 pixels", bytes(giant)),
+        ("missing image", "none.jpg No such file", tmp_path / "none.jpg"),
+        ("missing image", "", None),
     ]
     prepare = Prepare(CenterCrop(32))
-    for kind, file in cases:
+    for kind, detail, file in cases:
         item = prepare(Raw(file, None))
         assert isinstance(item, BadSample) and item.kind == kind, (kind, item)
-    (tmp_path / "empty.jpg").touch()
-    assert prepare(Raw(tmp_path / "empty.jpg", None)).kind == "empty image file"
+        assert detail in item.detail and str(item).startswith(kind), (kind, item)
+
+
+def test_bad_captions_are_told_apart(tmp_path):
+    prepare = Prepare(CenterCrop(8), load_tokenizer("words:2", ["red red", "blue blue"] * 3))
+    cases = [
+        ("missing caption", "", None),
+        ("missing caption", "none.txt No such file", tmp_path / "none.txt"),
+        ("unusable caption", "not UTF-8", b"\xff\xfe"),
+        ("unusable caption", "not UTF-8", "\udcff"),
+        ("unusable caption", "empty", b" \n"),
+        ("unusable caption", "no known token in 'green'", "green"),
+    ]
+    for kind, detail, text in cases:
+        item = prepare(Raw(picture(0), text))
+        assert isinstance(item, BadSample) and item.kind == kind, (kind, item)
+        assert detail in item.detail, (kind, item)
+    assert {kind for kind, *_ in cases} < set(KINDS) and len(KINDS) == 7
 
 
 def test_crop_from_the_dct_is_close_to_a_full_decode():
@@ -117,13 +137,24 @@ def test_views_are_drawn_from_seed_and_key_alone():
     views = {}
     for seed, key in [(0, (1,)), (0, (2,)), (1, (1,)), (0, (1,))]:
         torch.rand(3)  # what the process did before does not matter
-        prepare = Prepare(Augment(32, 0.3, flip=True, color_jitter=0.3, grayscale=0.5), seed=seed)
-        image = prepare(raw, key)[0]
+        prepare = Prepare(Augment(32, 0.3, flip=True, color_jitter=0.3), seed=seed)
+        image = prepare(raw, key).image
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
         if (seed, key) in views:
             assert torch.equal(views[seed, key], image)
         views[seed, key] = image
     assert len({image.numpy().tobytes() for image in views.values()}) == 3
+
+
+def test_colour_jitter_takes_the_colour_of_two_in_ten():
+    prepare, raw = Prepare(Augment(8, color_jitter=0.3)), Raw(picture(1, 64), None)
+    plain, changed = Prepare(Augment(8)), 0
+    grey = 0
+    for i in range(200):
+        image = prepare(raw, (i,)).image.int()
+        grey += int((image.max(dim=0).values == image.min(dim=0).values).all())
+        changed += int((image - plain(raw, (i,)).image).abs().max() > 2)
+    assert 20 < grey < 60 and 150 < changed < 190  # 0.2 and 1 - 0.2 x 0.8 of them
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,7 +199,7 @@ def test_bad_files_are_named_and_mixed_folders_refused(tmp_path):
     tokenizer = load_tokenizer("bpe:260", ["a dog"] * 3)
     source, prepare = load_source(str(tmp_path)), Prepare(CenterCrop(8), tokenizer)
     good, bad = (prepare(source.raw(i)) for i in range(2))
-    assert good[1] and bad.kind == "damaged image" and "b.jpg" in str(bad)
+    assert good.tokens and bad.kind == "unreadable image" and "b.jpg" in str(bad)
     (tmp_path / "b.txt").write_text(" ")
     assert "b.jpg" in str(prepare(source.raw(1)))
     write_tar(tmp_path / "0.tar", sample_members(0))
@@ -190,7 +221,7 @@ def test_tables(tmp_path, kind):
         path.write_text("\n".join([*lines, "{broken"]) + "\n")
     else:
         with open(path, "w", newline="") as file:
-            writer = data.csv.writer(file, delimiter="," if kind == "csv" else "\t")
+            writer = sources.csv.writer(file, delimiter="," if kind == "csv" else "\t")
             writer.writerows([("filepath", "title", "label"), *rows])
         with open(path, "ab") as file:
             file.write(b"0.png,\xff\xfe,red\n" if kind == "csv" else b"0.png\t\xff\xfe\tred\n")
@@ -198,9 +229,24 @@ def test_tables(tmp_path, kind):
     assert source.attributes == {"class": [["blue"], ["red"]]}
     prepare = Prepare(CenterCrop(16), load_tokenizer("bpe:256", []))
     items = [prepare(source.raw(i)) for i in range(len(source))]
-    assert items[0][2] == (1,)
-    last = "unreadable row" if kind == "jsonl" else "caption that is not UTF-8"
-    assert [item.kind for item in items[1:]] == ["empty caption", "missing image", last]
+    assert items[0].targets == (1,) and items[0].question == []
+    last = "unreadable row" if kind == "jsonl" else "unusable caption"
+    assert [item.kind for item in items[1:]] == ["unusable caption", "missing image", last]
+    assert "number 4" in str(items[3]) if kind == "jsonl" else "not UTF-8" in str(items[3])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_tables_may_hold_questions(tmp_path, kind):
+    picture(0).save(tmp_path / "0.png")
+    path = tmp_path / f"t.{kind}"
+    if kind == "jsonl":
+        path.write_text('{"filepath": "0.png", "caption": "red", "question": "what colour?"}\n')
+    else:
+        path.write_text("filepath,caption,question\n0.png,red,what colour?\n")
+    tokenizer = load_tokenizer("bpe:256", [])
+    sample = Prepare(CenterCrop(8), tokenizer)(load_source(str(path)).raw(0))
+    assert tokenizer.decode(sample.question) == " what colour?"
+    assert tokenizer.decode(sample.tokens) == " red"
 
 
 def test_class_names_may_be_numbers_or_aliases(tmp_path):
@@ -231,18 +277,6 @@ def test_sources_that_hold_nothing_say_what_they_hold(tmp_path):
         load_source(str(tmp_path / "t.csv"), class_names="missing.txt")
 
 
-def test_swapped_captions_are_a_share_and_always_the_same(tmp_path):
-    clean, noisy = load_source("shapes"), load_source("shapes", caption_noise=0.3)
-    pairs = [(clean.raw(i), noisy.raw(i)) for i in range(300)]
-    assert all(a.targets == b.targets and a.image == b.image for a, b in pairs)
-    assert 0.2 < sum(a.caption != b.caption for a, b in pairs) / 300 < 0.4
-    assert noisy.raw(5).caption == load_source("shapes", caption_noise=0.3).raw(5).caption
-    assert "30% of them" in str(noisy) and len(noisy) == len(clean)
-    (tmp_path / "a.tar").touch()
-    with pytest.raises(UserError, match="which shards are not"):
-        load_source(str(tmp_path), caption_noise=0.1)
-
-
 def test_torchvision_sets_without_files_or_network_say_where_they_belong(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network")
@@ -267,7 +301,7 @@ def test_fashion_mnist_reads_torchvisions_files(tmp_path):
         )
     source = load_source("fashion-mnist", root=str(tmp_path))
     assert source.attributes["class"][0] == ["t-shirt", "top"]
-    assert len(data.TEMPLATES) == len(set(data.TEMPLATES)) == 36
+    assert len(sources.TEMPLATES) == len(set(sources.TEMPLATES)) == 36
     assert list(source.captions(20)) == [source.raw(i).caption for i in range(20)]
     assert "boot" in source.raw(9).caption and source.raw(9).targets == (9,)
 
@@ -276,7 +310,7 @@ def test_fashion_mnist_reads_torchvisions_files(tmp_path):
 # Streams.
 
 
-class Numbers(data.Pairs):
+class Numbers(sources.Pairs):
     """N samples of which some are bad; the label of sample i is i."""
 
     attributes = {"number": [[str(i)] for i in range(23)]}
@@ -288,72 +322,138 @@ class Numbers(data.Pairs):
         return 23
 
     def raw(self, i):
-        return BadSample("damaged image", i) if i in self.bad else Raw(picture(i, 8), f"{i}", (i,))
+        return (
+            BadSample("unreadable image", i) if i in self.bad else Raw(picture(i, 8), f"{i}", (i,))
+        )
 
 
-def take(source, n, part=0, parts=1, block=4, start=0):
-    """The first n good samples of a part, as numbers."""
-    stream = source.stream(Prepare(CenterCrop(8)), 7, part, parts, block, Start(start))
-    good = (item[2][0] for item, _ in stream if not isinstance(item, BadSample))
+def take(source, n, reader=0, readers=1, start=0):
+    """The first n good samples of a reader, as numbers."""
+    stream = source.stream(Prepare(CenterCrop(8)), 7, reader, readers, Start(start))
+    good = (item.targets[0] for item, _ in stream if isinstance(item, Sample))
     return list(itertools.islice(good, n))
 
 
 @pytest.mark.parametrize("bad", [(), (3, 11)])
-def test_stream_does_not_depend_on_parts_and_continues_anywhere(bad):
+def test_stream_does_not_depend_on_readers_and_continues_anywhere(bad):
     source = Numbers(bad)
     whole = take(source, 72)
-    first, second = (take(source, 36, part, 2) for part in range(2))
-    assert whole == [x for i in range(0, 36, 4) for x in first[i : i + 4] + second[i : i + 4]]
-    for start in (4, 24, 48):
+    for readers in (2, 3):
+        parts = [take(source, 72 // readers, reader, readers) for reader in range(readers)]
+        assert whole == [number for turn in zip(*parts, strict=True) for number in turn]
+    for start in (4, 25, 48):
         assert take(source, 24, start=start) == whole[start : start + 24]
+        assert take(source, 8, 1, 3, start) == [
+            whole[p] for p in range(start, start + 24) if p % 3 == 1
+        ]
     if not bad:
         passes = [whole[i : i + 23] for i in range(0, 69, 23)]
-        assert all(sorted(p) == list(range(23)) for p in passes) and passes[0] != passes[1]
+        assert all(sorted(p) == list(range(23)) for p in passes)
+        assert all(a != b for a, b in itertools.combinations(passes, 2))
     else:
         assert not set(whole) & set(bad)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+def same(a, b) -> bool:
+    """Whether two batches hold the same, bit for bit; the order of what was skipped is free."""
+    skipped = [sorted(map(str, batch.bad)) for batch in (a, b)]
+    return (
+        all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a[:5], b[:5], strict=True))
+        and a.places == b.places
+        and skipped[0] == skipped[1]
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 3])
 def test_batches_are_the_same_with_any_number_of_workers(workers):
+    prepare = Prepare(Augment(8), load_tokenizer("bpe:256", []), 3)
+
+    def loader(workers, micro_batch, accumulation):
+        stream = TrainStream(Numbers((5,)), prepare, 7, micro_batch, 0, 1, Start(8))
+        return itertools.islice(batches(stream, workers, CPU, accumulation), 12)
+
+    for accumulation in (1, 2, 4):  # in the end one image each: fewer than workers
+        pairs = zip(loader(workers, 4 // accumulation, accumulation), loader(0, 4, 1), strict=True)
+        assert all(same(a, b) for a, b in pairs)
+    batch = next(loader(0, 4, 1))
+    assert batch.images.dtype == torch.uint8 and batch.places == [8, 9, 10, 11]
+
+
+def test_a_batch_has_sets_for_labels_and_the_order_for_tokens():
+    class Twice(Numbers):
+        def raw(self, i):
+            return Raw(picture(i, 8), ["b a b", "aa"][i % 2], (i,), "a?" if i % 2 else None)
+
     tokenizer = load_tokenizer("bpe:256", [])
-    stream = TrainStream(Numbers((5,)), Prepare(Augment(8), tokenizer, 3), 7, 4, 0, 1, Start(8))
-    got = list(itertools.islice(batches(stream, workers, CPU), 12))
-    alone = list(itertools.islice(iter(stream), 12))
-    for a, b in zip(got, alone, strict=True):
-        assert all(
-            torch.equal(a[key], b[key]) for key in ("images", "labels", "targets", "skipped")
-        )
+    stream = TrainStream(Twice(), Prepare(CenterCrop(8), tokenizer), 0, 6, 0, 1, Start())
+    batch = next(batches(stream, 0, CPU))
+    for labels, tokens, question, target in zip(*batch[1:5], strict=True):
+        text = [" b a b", " aa"][target.item() % 2]
+        assert tokens[tokens >= 0].tolist() == tokenizer.encode_ordinary(text)
+        assert labels[labels >= 0].tolist() == sorted(set(tokenizer.encode_ordinary(text)))
+        assert (question >= 0).any() == bool(target.item() % 2)
+    parts = batch.split(4)
+    assert [len(part.images) for part in parts] == [4, 2]
+    for i in range(5):
+        assert torch.equal(torch.cat([part[i] for part in parts]), batch[i])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_pass_takes_every_sample_once_in_order(workers):
     dataset = OnePass(Numbers((4,)), Prepare(CenterCrop(8)), 5)
     got = list(batches(dataset, workers, CPU))
-    assert torch.cat([b["targets"] for b in got]).flatten().tolist() == [
+    assert torch.cat([b.targets for b in got]).flatten().tolist() == [
         i for i in range(23) if i != 4
     ]
-    assert sum(b["skipped"] for b in got)[KINDS.index("damaged image")] == 1
+    assert [bad.kind for b in got for bad in b.bad] == ["unreadable image"]
     some = batches(OnePass(Numbers(), Prepare(CenterCrop(8)), 5, limit=6), workers, CPU)
-    assert torch.cat([b["targets"] for b in some]).flatten().tolist() == [0, 3, 7, 11, 15, 19]
+    assert torch.cat([b.targets for b in some]).flatten().tolist() == [0, 3, 7, 11, 15, 19]
+
+
+def test_one_pass_over_a_block_without_a_good_sample():
+    dataset = OnePass(Numbers(range(5)), Prepare(CenterCrop(8)), 5)
+    got = list(batches(dataset, 0, CPU))
+    assert [len(batch.images) for batch in got] == [0, 5, 5, 5, 3]
+    assert len(got[0].bad) == 5 and all(len(tensor) == 0 for tensor in got[0][:5])
+
+
+def test_a_place_of_one_pass_leads_back_to_the_sample():
+    source, prepare = Numbers(), Prepare(CenterCrop(8))
+    batch = next(batches(OnePass(source, prepare, 5, limit=5), 0, CPU))
+    for place, image in zip(batch.places, batch.images, strict=True):
+        assert torch.equal(prepare(source.at(place)).image, image)
 
 
 def test_a_stream_without_a_good_sample_ends_with_a_sentence():
     stream = TrainStream(Numbers(range(23)), Prepare(CenterCrop(8)), 0, 4, 0, 1, Start())
-    with pytest.raises(UserError, match=r"not one of 1000 samples .*: damaged image: "):
+    with pytest.raises(UserError, match=r"not one of 1000 samples .*: unreadable image: "):
         next(batches(stream, 1, CPU))
 
 
+def test_a_killed_loader_process_is_a_users_error():
+    others = set(multiprocessing.active_children())
+    stream = TrainStream(Numbers(), Prepare(CenterCrop(8)), 0, 4, 0, 1, Start())
+    running = batches(stream, 2, CPU, 1)
+    next(running)
+    loader, *_ = set(multiprocessing.active_children()) - others
+    os.kill(loader.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"a process that loads data died .*--workers"):
+        for _ in range(20):  # some batches are ready
+            next(running)
+    for process in set(multiprocessing.active_children()) - others:  # they ignore SIGTERM
+        process.kill()
+
+
 def test_more_than_a_tenth_is_too_much():
-    skipped = torch.zeros(len(KINDS), dtype=torch.int64)
-    skipped[3] = 10
+    skipped = Counter({"unreadable image": 8, "missing caption": 2})
     refuse_if_bad(90, skipped)
     refuse_if_bad(80, skipped, enough=1000)
-    with pytest.raises(UserError, match=r"10 of 99 samples .*: 10 x damaged image"):
+    with pytest.raises(UserError, match=r"10 of 99 .*: 8 x unreadable image, 2 x missing caption"):
         refuse_if_bad(89, skipped)
 
 
 def test_colours_of_the_test_pictures_are_seen(pairs):
     source = load_source(str(pairs))
     for i in range(3):
-        image = Prepare(CenterCrop(16))(source.raw(i))[0].float().mean(dim=(1, 2))
+        image = Prepare(CenterCrop(16))(source.raw(i)).image.float().mean(dim=(1, 2))
         assert (image - torch.tensor(list(COLOURS.values())[i]).float()).abs().max() < 25

@@ -1,28 +1,28 @@
-"""Several processes on one machine, over gloo: the same run as with one, killed or not."""
+"""Several processes on one machine, over gloo: the same run as with one, killed or not.
+
+Most runs read the same shards with the same four lanes.
+"""
 
 import signal
 
 import pytest
 
+import train
 from tests.conftest import make_shards, run_python, train_flags
-from tests.test_train import assert_same, metrics, state
+from tests.die import launch
+from tests.test_train import assert_same, metrics, refused, state
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-TWENTY = ("--samples", "160", "--save-every", "6")
+TWENTY = ("--samples", "160", "--save-every", "6", "--lanes", "4")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Runs of 20 steps on shards that were never interrupted: by two processes, and by one."""
+    """Shards, and runs of 20 steps on them by one process and by two, which nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     shards = make_shards(folder / "shards")
-    run_python(
-        *TORCHRUN, "train.py", *train_flags(shards, folder / "two", *TWENTY, "--workers", "1")
-    )
-    run_python(
-        "train.py",
-        *train_flags(shards, folder / "one", *TWENTY, "--workers", "2", "--micro-batch", "4"),
-    )
+    train.main(train_flags(shards, folder / "one", *TWENTY, "--workers", "0"))
+    two = launch(train_flags(shards, folder / "two", *TWENTY, "--workers", "2"), world=2)
+    assert two.codes == [0, 0], two.said
     return folder
 
 
@@ -30,83 +30,133 @@ def losses(run):
     return [line["loss"] for line in metrics(run)]
 
 
-def test_two_processes_one_process_and_micro_batches_are_the_same_run(whole, tmp_path):
-    """The readers are two in each run: the same samples are in the same global batches."""
-    four = tmp_path / "four"
-    more = [*TWENTY, "--workers", "2", "--micro-batch", "2"]
-    run_python("train.py", *train_flags(whole / "shards", four, *more))
-    for run in (whole / "one", four):
-        assert losses(run) == pytest.approx(losses(whole / "two"), rel=1e-4)
-        assert_same(state(run)["idf"], state(whole / "two")["idf"])
-        assert state(run)["idf"]["n"] == 160
+def assert_same_run(run, other):
+    """The same losses to 1e-5 after 20 steps, and the same counts."""
+    assert len(losses(run)) == 20
+    assert losses(run) == pytest.approx(losses(other), rel=0, abs=1e-5)
+    assert_same(state(run)["idf"], state(other)["idf"])
+    assert state(run)["idf"]["n"] == 160
+
+
+# ------------------------------------------------------------------------------------------------
+# Any split is the same run.
+
+
+def test_two_processes_of_two_workers_are_one_process_without(whole):
+    assert_same_run(whole / "two", whole / "one")
     assert [key for key in state(whole / "two")["model"] if "module" in key] == []
 
 
-@pytest.mark.parametrize("n", [4, 11, 17])
+@pytest.mark.parametrize(
+    ("world", "workers", "micro_batch"), [(1, 1, 2), (1, 2, None), (1, 2, 4), (2, 1, 4), (2, 2, 2)]
+)
+def test_processes_workers_and_micro_batches_are_the_same_run(
+    whole, tmp_path, world, workers, micro_batch
+):
+    flags = train_flags(whole / "shards", tmp_path / "run", *TWENTY, "--workers", str(workers))
+    flags += ["--micro-batch", str(micro_batch)] if micro_batch else []
+    ended = launch(flags, world)
+    assert ended.codes == [0] * world, ended.said
+    assert_same_run(tmp_path / "run", whole / "one")
+
+
+def test_a_split_that_does_not_divide_the_lanes_is_refused(capsys, whole, tmp_path):
+    flags = train_flags(whole / "shards", tmp_path / "run", *TWENTY, "--workers", "3")
+    fitting = "do not divide the run's 4 lanes: their product may be 1, 2, 4"
+    assert f"1 processes x 3 workers {fitting}" in refused(capsys, *flags)
+    assert not (tmp_path / "run").exists()
+    error = refused(capsys, "--out", whole / "one", "--resume", "--workers", "8")
+    assert f"1 processes x 8 workers {fitting}" in error
+
+
+def test_lanes_are_the_readers_of_the_first_start(capsys, whole, tmp_path):
+    flags = ["--samples", "8", "--workers", "3"]
+    train.main(train_flags(whole / "shards", tmp_path / "run", *flags))
+    assert len(state(tmp_path / "run")["progress"]["lanes"]) == 3
+    error = refused(capsys, "--out", tmp_path / "run", "--resume", "--workers", "2")
+    assert "1 processes x 2 workers do not divide the run's 3 lanes" in error
+
+
+@pytest.mark.parametrize("objective", ["clip", "superclip", "two_way"])
+def test_two_processes_compare_the_images_of_a_batch_as_one_does(pairs, tmp_path, objective):
+    """Four images here and four there are like eight in one place."""
+    flags = ["--loss" if objective == "two_way" else "--objective", objective]
+    flags += ["--samples", "48", "--workers", "0"]
+    ended = launch(train_flags(pairs, tmp_path / "two", *flags), world=2)
+    assert ended.codes == [0, 0], ended.said
+    train.main(train_flags(pairs, tmp_path / "one", *flags))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=0, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Killed and resumed.
+
+
+@pytest.mark.parametrize("n", [4, 17])
 def test_one_process_with_workers_is_killed_and_resumed(whole, tmp_path, n):
+    """Before its first save, and after its last one."""
     run = tmp_path / "run"
-    flags = train_flags(whole / "shards", run, *TWENTY, "--workers", "2", "--micro-batch", "4")
-    died = run_python("-m", "tests.die", "SIGKILL", "optimizer", str(n), *flags, check=False)
-    assert died.returncode == -signal.SIGKILL
-    run_python("train.py", "--out", str(run), "--resume")
+    flags = train_flags(whole / "shards", run, *TWENTY, "--workers", "2")
+    assert launch(flags, 1, (0, "SIGKILL", "optimizer", n)).codes == [-signal.SIGKILL]
+    assert launch(["--out", run, "--resume"]).codes == [0]
     assert_same(state(run), state(whole / "one"))
     assert metrics(run) == metrics(whole / "one")
 
 
-@pytest.mark.parametrize(("rank", "n"), [("0", 9), ("1", 15)])
-def test_two_processes_are_killed_and_resumed(whole, tmp_path, rank, n):
-    """One rank dies; the job ends instead of waiting for it, and resumes."""
+def test_two_processes_are_killed_and_resumed_twice(whole, tmp_path):
+    """The other process also ends, instead of waiting for the one that died."""
     run = tmp_path / "run"
-    flags = train_flags(whole / "shards", run, *TWENTY, "--workers", "1")
-    died = run_python(
-        *TORCHRUN,
-        "-m",
-        "tests.die",
-        "SIGKILL",
-        "optimizer",
-        str(n),
-        *flags,
-        check=False,
-        DIE_ON_RANK=rank,
-    )
-    assert died.returncode != 0 and "SIGKILL" in died.stderr
-    run_python(*TORCHRUN, "train.py", "--out", str(run), "--resume")
+    flags = train_flags(whole / "shards", run, *TWENTY, "--workers", "2")
+    died = launch(flags, 2, (1, "SIGKILL", "optimizer", 9))
+    assert died.codes[1] == -signal.SIGKILL and died.codes[0] not in (0, -signal.SIGKILL)
+    assert state(run)["progress"]["step"] == 6
+    died = launch(["--out", run, "--resume"], 2, (0, "SIGKILL", "optimizer", 9))
+    assert died.codes[0] == -signal.SIGKILL and died.codes[1] not in (0, -signal.SIGKILL)
+    assert state(run)["progress"]["step"] == 12
+    ended = launch(["--out", run, "--resume"], 2)
+    assert ended.codes == [0, 0], ended.said
     assert_same(state(run), state(whole / "two"))
     assert metrics(run) == metrics(whole / "two")
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path):
+def test_a_run_goes_on_with_other_splits(whole, tmp_path):
+    """Killed at 2 processes x 2 workers, then at 1 x 1, and ended at 1 x 4."""
+    run = tmp_path / "run"
+    flags = train_flags(whole / "shards", run, *TWENTY, "--workers", "2")
+    assert launch(flags, 2, (0, "SIGKILL", "optimizer", 9)).codes[0] == -signal.SIGKILL
+    again = ["--out", run, "--resume", "--workers"]
+    assert launch([*again, "1"], 1, (0, "SIGKILL", "optimizer", 9)).codes == [-signal.SIGKILL]
+    assert state(run)["progress"]["step"] == 12
+    train.main([*map(str, again), "4"])
+    assert_same_run(run, whole / "one")
+    assert_same(state(run)["progress"], state(whole / "two")["progress"])
+
+
+def test_torchrun_ends_the_job_of_a_killed_process(whole, tmp_path):
+    run = tmp_path / "run"
+    flags = train_flags(whole / "shards", run, *TWENTY, "--workers", "2")
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    died = run_python(
+        *torchrun, "-m", "tests.die", "1", "SIGKILL", "optimizer", "15", *flags, check=False
+    )
+    assert died.returncode != 0 and "SIGKILL" in died.stderr
+    assert launch(["--out", run, "--resume"], 2).codes == [0, 0]
+    assert_same(state(run), state(whole / "two"))
+    assert metrics(run) == metrics(whole / "two")
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(whole, tmp_path):
     run = tmp_path / "run"
     flags = train_flags(whole / "shards", run, *TWENTY, "--workers", "1")
-    stopped = run_python(
-        *TORCHRUN, "-m", "tests.die", "SIGTERM", "batch", "7", *flags, check=False, DIE_ON_RANK="1"
-    )
-    assert stopped.returncode != 0
-    assert "of 20; continue with: " in stopped.stdout and f"--out {run} --resume" in stopped.stdout
-    assert state(run)["step"] in (7, 8)
-    run_python(*TORCHRUN, "train.py", "--out", str(run), "--resume")
+    stopped = launch(flags, 2, (1, "SIGTERM", "batch", 7))
+    assert stopped.codes == [128 + signal.SIGTERM] * 2
+    assert "of 20; continue with: " in stopped.said and f"--out {run} --resume" in stopped.said
+    assert state(run)["progress"]["step"] in (7, 8)
+    assert launch(["--out", run, "--resume"], 2).codes == [0, 0]
     assert_same(state(run)["model"], state(whole / "two")["model"])
 
 
-def test_another_number_of_processes_goes_on_with_a_fresh_pass(whole, tmp_path):
-    run = tmp_path / "run"
-    flags = train_flags(whole / "shards", run, *TWENTY, "--workers", "1")
-    run_python("-m", "tests.die", "SIGTERM", "batch", "5", *flags, check=False)
-    resumed = run_python(*TORCHRUN, "train.py", "--out", str(run), "--resume")
-    assert "1 readers are now 2: the stream starts a fresh pass" in resumed.stdout
-    assert state(run)["step"] == 20 and state(run)["first_pass"] == 1
-
-
 def test_a_mistake_ends_all_processes_with_its_sentence(tmp_path):
-    failed = run_python(
-        *TORCHRUN, "train.py", "--data", "nowhere", "--out", str(tmp_path), check=False
-    )
-    assert failed.returncode != 0 and "error: no source 'nowhere'" in failed.stderr
-
-
-def test_two_processes_train_clip_as_one_does(pairs, tmp_path):
-    """Its loss sees the whole batch: four images here and four there are as eight in one place."""
-    flags = ["--samples", "48", "--objective", "clip", "--workers", "1"]
-    run_python(*TORCHRUN, "train.py", *train_flags(pairs, tmp_path / "two", *flags))
-    run_python("train.py", *train_flags(pairs, tmp_path / "one", *flags))
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
+    failed = launch(["--data", "nowhere", "--out", tmp_path / "run"], 2)
+    assert failed.codes[0] == 2 and failed.codes[1] != 0
+    assert failed.said.count("error: no source 'nowhere'") == 1

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import eval as evaluation
+import run as runs
 import train
 from baselines import CLIP, TextTower
-from data import load_source
 from eval import (
     LOG_PROBABILITY,
     extract,
@@ -22,6 +22,8 @@ from eval import (
     zeroshot,
     zeroshot_by_text,
 )
+from run import own_rows, read_jsonl
+from sources import load_source
 from superclass import IDF, SuperClass, ViT
 from tests.conftest import COLOURS, caption, picture, train_flags
 from tokenizer import UserError, caption_labels, caption_tokens, load_tokenizer
@@ -40,8 +42,7 @@ def small():
     return model, idf, tokenizer, torch.randn(5, 32)
 
 
-@pytest.mark.parametrize("prior", [False, True])
-def test_zeroshot_is_the_weighted_mean_log_probability(small, prior):
+def test_zeroshot_is_the_weighted_mean_log_probability(small):
     model, idf, tokenizer, features = small
     names = [["red", "blue"], ["star"], ["green ball"]]
     with torch.no_grad():
@@ -52,10 +53,9 @@ def test_zeroshot_is_the_weighted_mean_log_probability(small, prior):
             for name in aliases:
                 ids = caption_labels(name, tokenizer)
                 w = [math.log(5 / (idf.df[t].item() + 1)) for t in ids]
-                p = [math.log(idf.df[t].item() / 4) if prior else 0 for t in ids]
-                parts = [w[k] * (log_p[image, t].item() - p[k]) for k, t in enumerate(ids)]
+                parts = [w[k] * log_p[image, t].item() for k, t in enumerate(ids)]
                 expected[image, c] += sum(parts) / sum(w) / len(aliases)
-    scores = zeroshot(model, idf, tokenizer, features, names, prior)
+    scores = zeroshot(model, idf, tokenizer, features, names)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_zeroshot_of_a_head_with_sigmoids(small):
         log_p = torch.nn.functional.logsigmoid(model.head(model.norm(features)))
     ids = caption_labels("red", tokenizer)
     w = idf.weights()[ids]
-    scores = zeroshot(model, idf, tokenizer, features, [["red"]], False, LOG_PROBABILITY["bce"])
+    scores = zeroshot(model, idf, tokenizer, features, [["red"]], LOG_PROBABILITY["bce"])
     torch.testing.assert_close(scores[:, 0], log_p[:, ids] @ w / w.sum())
 
 
@@ -195,13 +195,18 @@ def test_commands_print_a_table_and_append_rows(run, capsys, task):
         assert row["shots"] == 5 and row["draws"] == 3 and row["deviation"] >= 0
 
 
-def test_features_do_not_depend_on_batches(run):
-    loaded = evaluation.load_run(run, torch.device("cpu"))
-    source = load_source(loaded.config["data"])
-    a, y = extract(loaded.model, source, 32, batch_size=7, workers=0)
-    b, _ = extract(loaded.model, source, 32, batch_size=60, workers=2)
+def test_features_do_not_depend_on_batches(run, monkeypatch):
+    loaded = runs.load_run(run, torch.device("cpu"))
+    assert loaded.step == 40 and loaded.idf.n == 320 and not loaded.model.training
+    source = load_source(loaded.config.data)
+    monkeypatch.setattr(evaluation, "BATCH", 7)
+    a, y, tokens = extract(loaded, source, workers=0, captioned=True)
+    monkeypatch.setattr(evaluation, "BATCH", 60)
+    b, _, none = extract(loaded, source, workers=2)
     torch.testing.assert_close(a, b)
     assert a.shape == (60, 128) and y.shape == (60, 1)
+    first = next(source.captions(1))
+    assert tokens[0] == caption_tokens(first, loaded.tokenizer) and not any(none)
 
 
 def test_retrieval_from_the_head(run, capsys):
@@ -210,6 +215,22 @@ def test_retrieval_from_the_head(run, capsys):
     (row,) = rows(run)[len(before) :]
     assert row["images"] == 30 and row["captions"] == 15 and "i2t@1" in capsys.readouterr().out
     assert row["i2t@5"] > 0.6  # five of fifteen captions have the right colour: by chance, a third
+
+
+def test_data_alone_names_what_is_evaluated(run, capsys, tmp_path):
+    """Where nothing trains, --val-data is not needed beside it; rows say that it was given."""
+    for i in range(9):
+        place = tmp_path / "few" / list(COLOURS)[i % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        picture(99 + i).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(caption(i))
+    few, before = str(tmp_path / "few"), rows(run)
+    for task in ("zeroshot", "retrieval"):
+        evaluation.main([task, str(run), "--data", few, "--workers", "0"])
+    new = rows(run)[len(before) :]
+    assert [(row["task"], row["images"]) for row in new] == [("zeroshot", 9), ("retrieval", 9)]
+    assert all(row["flags"] == {"data": few} for row in new) and new[0]["top1"] > 0.8
+    assert own_rows(run) == [row for row in rows(run) if "flags" not in row]
 
 
 def fake_run(folder, seed, top1, **flags):
@@ -239,15 +260,15 @@ def test_table_has_mean_and_deviation_over_seeds(tmp_path, capsys):
 
 def test_table_refuses_what_is_not_one_row(tmp_path, capsys):
     one, other = fake_run(tmp_path / "a-1", 1, 0.5), fake_run(tmp_path / "b" / "a-2", 2, 0.5, lr=2)
-    assert "'a' are not one: they differ in lr" in refused(capsys, "table", one, other)
+    assert "'a' are not one group: lr differ" in refused(capsys, "table", one, other)
     newer = fake_run(tmp_path / "d" / "a-2", 2, 0.5, drop_stopwords=True)  # a flag that one lacks
     for pair in ((one, newer), (newer, one)):
-        assert "they differ in drop_stopwords" in refused(capsys, "table", *pair)
+        assert "not one group: drop_stopwords differ" in refused(capsys, "table", *pair)
     twin = fake_run(tmp_path / "c" / "a-1", 1, 0.5)
     assert "a seed occurs twice" in refused(capsys, "table", one, twin)
     (one / "metrics.jsonl").write_text("")
     assert f"{one} is not finished" in refused(capsys, "table", one)
-    assert "takes one run, and 2 were named" in refused(capsys, "probe", one, twin)
+    assert "takes one run, not 2" in refused(capsys, "probe", one, twin)
 
 
 def test_tables_show_a_runs_own_data_only(tmp_path, capsys):
@@ -269,14 +290,14 @@ def test_a_line_that_was_cut_off_costs_no_other(run, tmp_path, capsys):
     shutil.copytree(run, copy)
     with open(copy / "eval.jsonl", "a") as file:
         file.write('{"step": 40, "ta')
-    before, own = len(evaluation.read_jsonl(copy / "eval.jsonl")), evaluation.own_rows(copy)
+    before, own = len(read_jsonl(copy / "eval.jsonl")), own_rows(copy)
     evaluation.main(["zeroshot", str(copy), "--workers", "0", "--prompt", "{} {x"])
-    after = evaluation.read_jsonl(copy / "eval.jsonl")
+    after = read_jsonl(copy / "eval.jsonl")
     assert len(after) == before + 1 and after[-1]["flags"] == {"prompts": ["{} {x"]}
-    assert evaluation.own_rows(copy) == own
+    assert own_rows(copy) == own
     (copy / "eval.jsonl").write_text("{no json}\n")
     with pytest.raises(UserError, match=r"eval\.jsonl is damaged"):
-        evaluation.own_rows(copy)
+        own_rows(copy)
 
 
 def test_what_is_left_out_is_told(run, capsys, tmp_path):
@@ -293,12 +314,23 @@ def test_what_is_left_out_is_told(run, capsys, tmp_path):
     assert " 19 " in out
 
 
-def test_zeroshot_needs_no_training_data(run, tmp_path, capsys):
-    copy = tmp_path / "copy"
+def changed(run, copy, change):
+    """A copy of the run after `change` of its config and its checkpoint, which still belong."""
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
-    moved = {"data": str(tmp_path / "gone"), "val_data": config["data"]}
-    (copy / "config.json").write_text(json.dumps(config | moved))
+    state = torch.load(copy / "checkpoint.pt", weights_only=True)
+    change(config, state)
+    (copy / "config.json").write_text(json.dumps(config))
+    state["fingerprint"] = runs.fingerprint(runs.read_config(copy))
+    torch.save(state, copy / "checkpoint.pt")
+    return copy
+
+
+def test_zeroshot_needs_no_training_data(run, tmp_path, capsys):
+    def move(config, _):
+        config.update(data=str(tmp_path / "gone"), val_data=config["data"])
+
+    copy = changed(run, tmp_path / "copy", move)
     evaluation.main(["zeroshot", str(copy), "--workers", "0"])
     assert "zeroshot" in capsys.readouterr().out
     assert "no source" in refused(capsys, "probe", copy)
@@ -310,27 +342,33 @@ def test_zeroshot_needs_no_training_data(run, tmp_path, capsys):
         lambda config, state: config.pop("model"),
         lambda config, state: config.update(model="XS/5"),
         lambda config, state: config.update(vocab_size=7),
-        lambda config, state: state.pop("step"),
+        lambda config, state: state["progress"].pop("step"),
+        lambda config, state: state.pop("idf"),
         lambda config, state: state["model"].popitem(),
         lambda config, state: state["model"].update(dict.fromkeys(state["model"], torch.zeros(1))),
     ],
 )
 def test_a_run_whose_files_do_not_fit_is_refused(run, tmp_path, capsys, damage):
+    copy = changed(run, tmp_path / "copy", damage)
+    assert "do not fit together" in refused(capsys, "zeroshot", copy)
+
+
+def test_a_config_that_was_edited_is_not_the_checkpoints(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
-    state = torch.load(copy / "checkpoint.pt", weights_only=True)
-    damage(config, state)
-    (copy / "config.json").write_text(json.dumps(config))
-    torch.save(state, copy / "checkpoint.pt")
-    assert "do not fit together" in refused(capsys, "zeroshot", copy)
+    (copy / "config.json").write_text(json.dumps(config | {"workers": 7}))  # that may change
+    evaluation.main(["zeroshot", str(copy), "--workers", "0"])
+    capsys.readouterr()
+    (copy / "config.json").write_text(json.dumps(config | {"flip": True}))
+    assert "does not belong to the config.json" in refused(capsys, "zeroshot", copy)
 
 
 def refused(capsys, *flags):
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(flag) for flag in flags])
     assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     return line
 
 
@@ -342,16 +380,14 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path, pairs):
     assert "needs {}" in refused(capsys, "zeroshot", run, "--prompt", "a photo")
     names = tmp_path / "names.txt"
     names.write_text("red\ngreen\nquixotic\nblue")
-    with pytest.raises(SystemExit):
-        evaluation.main(["fewshot", str(run), "--shots", "0"])
-    assert "invalid positive value: '0'" in capsys.readouterr().err
+    assert "--shots: must be 1 or more, not 0" in refused(capsys, "fewshot", run, "--shots", "0")
     flags = "--workers", "0", "--class-names", names
     assert "fewer than 10" in refused(capsys, "fewshot", run, *flags)
     assert "give ten" in refused(capsys, "probe", run, "--limit", "9", "--workers", "0")
     assert "not available here" in refused(capsys, "probe", run, "--device", "meta")
-    with pytest.raises(SystemExit):
-        evaluation.main(["probe", str(run), "--workers", "-1"])
-    assert "invalid natural value: '-1'" in capsys.readouterr().err
+    error = refused(capsys, "probe", run, "--workers", "-1")
+    assert "--workers: must be 0 or more, not -1" in error
+    assert "has no language model" in refused(capsys, "caption", run, "--workers", "0")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     state = torch.load(copy / "checkpoint.pt", weights_only=True)

@@ -1,7 +1,6 @@
-"""The commands of show.py on a small run."""
+"""The commands of show.py on a small run, and the two splits of a logit."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -9,10 +8,12 @@ import torch
 from PIL import Image
 
 import show
-from data import BadSample, load_source
+from baselines import build_encoder
 from eval import extract, score_bags, token_bags
-from show import search, top_words
-from superclass import IDF, SuperClass, build_encoder
+from run import Run, build_model, fingerprint, read_config
+from show import Held, input_shares, output_shares, search, top_words
+from sources import load_source
+from superclass import IDF, SuperClass, ViT
 from tests.conftest import caption, make_pairs, make_shards, picture
 from tokenizer import (
     ClipTokenizer,
@@ -25,58 +26,66 @@ from tokenizer import (
 CAPTIONS = [caption(i) for i in range(24)]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of three pictures' colours, whose head was solved for rather than trained.
+def save_run(folder, **changes):
+    """A run of three pictures' colours; its head is solved for rather than trained.
 
-    Returns its folder. Its tokenizer cuts "blue" in two.
+    Its tokenizer cuts "blue" in two. `changes` are entries of config.json.
     """
-    folder = tmp_path_factory.mktemp("show") / "run"
     folder.mkdir()
     tokenizer = load_tokenizer("bpe:300", [text.replace("blue", "blu") for text in CAPTIONS])
+    config = {"objective": "superclass", "loss": "softmax", "model": "XXS/8", "image_size": 32}
+    config |= {"vocab_size": tokenizer.n_vocab, "data": str(folder / "pairs"), "val_data": None}
+    config |= {"data_root": "data", "class_names": None, "batch_size": 8, "samples": 16, "seed": 0}
+    config |= {"init": None, "lr": 1e-3, "lm": None, "lm_shape": None, "prefix": "patches"}
+    config |= tokenizer_config(tokenizer) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.tiktoken").write_bytes(save_tokenizer(tokenizer))
+    config = read_config(folder)
     torch.manual_seed(0)
-    model = SuperClass(build_encoder("XXS/8", 32), tokenizer.n_vocab).eval()
-    idf = IDF(tokenizer.n_vocab)
+    model, idf = build_model(config).eval(), IDF(tokenizer.n_vocab)
     labels = [caption_labels(text, tokenizer) for text in CAPTIONS]
     targets = torch.zeros(24, tokenizer.n_vocab)
     for row, ids in zip(targets, labels, strict=True):
         idf.update(torch.tensor([ids]))
         row[ids] = 1.0
     source = load_source(str(make_pairs(folder / "pairs")))
-    with torch.no_grad():
-        x = model.norm(extract(model, source, 32, workers=0)[0])
-    wanted = torch.where(targets > 0, 5.0, -5.0)
-    penalty = 0.1 * torch.eye(x.shape[1])
-    with torch.no_grad():
-        solved = torch.linalg.solve(x.T @ x + penalty, x.T @ (wanted - wanted.mean(dim=0)))
-        model.head.weight.copy_(solved.T)
-        model.head.bias.copy_(wanted.mean(dim=0) - x.mean(dim=0) @ solved)
+    if hasattr(model, "head"):
+        with torch.no_grad():
+            run = Run(folder, config, tokenizer, model, idf, 0)
+            x = model.norm(extract(run, source, workers=0)[0])
+            wanted = torch.where(targets > 0, 5.0, -5.0)
+            penalty = 0.1 * torch.eye(x.shape[1])
+            solved = torch.linalg.solve(x.T @ x + penalty, x.T @ (wanted - wanted.mean(dim=0)))
+            model.head.weight.copy_(solved.T)
+            model.head.bias.copy_(wanted.mean(dim=0) - x.mean(dim=0) @ solved)
     state = {"model": model.state_dict(), "idf": idf.state_dict(), "step": 7}
+    state |= {"progress": {"step": 7}, "fingerprint": fingerprint(config)}
     torch.save(state, folder / "checkpoint.pt")
-    save_tokenizer(tokenizer, folder / "tokenizer.tiktoken")
-    config = {"objective": "superclass", "loss": "softmax", "model": "XXS/8", "image_size": 32}
-    config |= {"vocab_size": tokenizer.n_vocab, "data": str(folder / "pairs"), "val_data": None}
-    config |= {"data_root": "data", "class_names": None, "batch_size": 8, "samples": 16, "seed": 0}
-    config |= {"init": None, "lr": 1e-3}
-    (folder / "config.json").write_text(json.dumps(config | tokenizer_config(tokenizer)))
-    lines = [{"step": s, "samples": 8 * s, "loss": 3 / s, "lr": 1e-3, "images_per_s": 9.0}
-             for s in (1, 2)]  # fmt: skip
+    lines = [
+        {"step": s, "samples": 8 * s, "loss": 3 / s, "lr": 1e-3, "images_per_s": 9.0}
+        for s in (1, 2)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     row = {"step": 2, "task": "zeroshot", "attribute": "class", "top1": 0.5}
     (folder / "eval.jsonl").write_text(json.dumps(row) + "\n")
     return folder
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("show") / "run")
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Pictures and caches land in a folder of the test's own."""
+    """Pictures land in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def ask(capsys, *flags) -> dict:
-    show.main([*map(str, flags), "--json"])
-    return json.loads(capsys.readouterr().out)
+def ask(*flags):
+    """What the function of a command returns."""
+    args = show.make_parser().parse_args([str(flag) for flag in flags])
+    return args.function(args)
 
 
 def refused(capsys, *flags) -> str:
@@ -91,55 +100,43 @@ def refused(capsys, *flags) -> str:
 # Words.
 
 
-def test_tokens_of_one_word_are_joined(run):
+def test_pieces_stand_as_pieces(run):
     loaded = show.load(run, "cpu")
     encode, V = loaded.tokenizer.encode_ordinary, loaded.tokenizer.n_vocab
     blue = encode(" blue")
     assert len(blue) == 2
     logits = torch.full((V,), -9.0)
     logits[blue], logits[encode(" red")] = torch.tensor([2.0, 2.3]), 1.5
-    words = top_words(loaded, logits, 2)
-    assert [word.text for word in words] == ["blue", "red"] and words[0].ids == blue
-    p = logits.softmax(dim=0)[blue]
-    assert words[0].probability == pytest.approx(p.log().mean().exp().item(), rel=1e-5)
-    frequency = (loaded.idf.df / loaded.idf.n)[blue].log().mean().exp().item()
-    assert words[0].lift == pytest.approx(words[0].probability / frequency, rel=1e-5)
-    logits[blue[0]] = 3.5  # another word may begin like this one
-    assert "blue" not in [word.text for word in top_words(loaded, logits, 2)]
-
-
-def test_pieces_of_clip_words_are_joined_and_marked():
-    ranks = {bytes([b]): b for b in range(256)} | {bytes([b, 32]): 256 + b for b in range(256)}
-    tokenizer = ClipTokenizer(
-        "clip", pat_str="[^ ]+ ", mergeable_ranks=ranks | {b"ca": 512}, special_tokens={}
-    )
-    pieces = tokenizer.encode_ordinary("cat")
-    assert pieces == [512, 256 + ord("t")]
-    assert [show.spell([t], tokenizer) for t in pieces] == ["ca-", "t"]
-    assert show.is_word(pieces, tokenizer) and not show.is_word(pieces[::-1], tokenizer)
-    assert show.spell(pieces, tokenizer) == "cat"
+    words = top_words(loaded, logits, 3)
+    assert [word.text for word in words] == ["-e", "blu", "red"]
+    p = logits.softmax(dim=0)[words[0].id].item()
+    assert words[0].probability == pytest.approx(p, rel=1e-5)
+    frequency = (loaded.idf.df / loaded.idf.n)[words[0].id].item()
+    assert words[0].lift == pytest.approx(p / frequency, rel=1e-5)
 
 
 def test_every_token_has_a_name(run):
     tokenizer = show.load(run, "cpu").tokenizer
     blank, inner = tokenizer.encode_ordinary(" \x07")[0], tokenizer.encode_ordinary("q")[-1]
-    assert show.spell([blank], tokenizer) == "(blank)" and show.spell([inner], tokenizer) == "-q"
+    assert show.spell(blank, tokenizer) == "(blank)" and show.spell(inner, tokenizer) == "-q"
+    ranks = {bytes([b]): b for b in range(256)} | {bytes([b, 32]): 256 + b for b in range(256)}
+    clip = ClipTokenizer(
+        "clip", pat_str="[^ ]+ ", mergeable_ranks=ranks | {b"ca": 512}, special_tokens={}
+    )
+    assert [show.spell(token, clip) for token in clip.encode_ordinary("cat")] == ["ca-", "t"]
+    words = load_tokenizer("words:3", CAPTIONS)
+    assert show.spell(words.encode_ordinary("picture")[0], words) == "picture"
 
 
-def test_other_scripts_are_written_with_an_installed_font(monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")  # it brings a font along
-    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-
-    def drawn(text: str) -> bytes:
-        image, draw = show.page(60, "", "")
-        show.write(draw, 0, 0, text)
-        return image.tobytes()
-
-    for fonts, boxes in (((), True), (("nowhere.ttf", font), False)):
-        monkeypatch.setattr(show, "FONTS", fonts)
-        show.font_of.cache_clear()
-        assert (drawn("\N{LATIN SMALL LETTER U WITH DIAERESIS}") == drawn("\uffff")) == boxes
-    show.font_of.cache_clear()
+def test_pieces_of_hugging_face_tokenizers_are_marked(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"[UNK]": 0, "a": 1, "red": 2, "##dish": 3}
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.decoder = tokenizers.decoders.WordPiece()
+    model.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    assert [show.spell(i, tokenizer) for i in (2, 3)] == ["red", "-dish"]
 
 
 def test_a_run_at_its_start_has_words_too(run):
@@ -158,51 +155,77 @@ def test_lift_ranks_by_frequency_too(run):
     assert top_words(loaded, logits, 1, lift=True)[0].text == "red"
 
 
-def test_words_of_a_source(run, capsys, tmp_path):
-    found = ask(capsys, "words", run, "--number", "3", "--lift", "--maps", "2")
-    assert [row["image"] for row in found["images"]] == [caption(i) for i in (0, 8, 16)]
-    for row, colour in zip(found["images"], ("red", "blue", "green"), strict=True):
-        assert colour in [word["text"] for word in row["words"]]
-        for found_map in row["maps"]:
-            total = sum(found_map["shares"]) + found_map["constant"]
-            assert total == pytest.approx(found_map["logit"], abs=1e-4)
+@pytest.mark.parametrize("lift", [[], ["--lift"]])
+def test_words_of_a_source(run, capsys, tmp_path, lift):
+    found = ask("words", run, "--number", "3", *lift)
+    assert [row["image"] for row in found] == [caption(i) for i in (0, 8, 16)]
+    printed = capsys.readouterr().out.splitlines()
+    for row, line, word in zip(found, printed, ("red", "blu", "green"), strict=True):
+        assert word in [word.text for word in row["words"]]
+        assert line.startswith(row["image"]) and f" {word} " in line
+        assert ("x," in line) == bool(lift) and ("%" in line) != bool(lift)
+        for (text, shares, constant, logit), top in zip(row["maps"], row["words"], strict=False):
+            assert text == top.text and len(shares) == 16
+            assert sum(shares) + constant == pytest.approx(logit, abs=1e-4)
     with Image.open(tmp_path / "words.png") as image:
         assert image.format == "PNG" and image.width == 900
 
 
 @pytest.mark.parametrize("flags", [[], ["--at", "output"]])
-def test_words_of_files_and_folders(run, capsys, tmp_path, flags):
-    folder = make_pairs(tmp_path / "some")
-    for i in range(6, 24):
-        (folder / f"{i:03d}.png").unlink()
-    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0torn")
-    flags = [*flags, "--word", "red picture", "--word", "blue", "--number", "25", "--out", "a.png"]
-    show.main(["words", str(run), str(folder), *flags, "--json"])
-    out, err = capsys.readouterr()
-    assert "skipped 1 x " in err and "torn.jpg" in err
-    rows = json.loads(out)["images"]
-    assert len(rows) == 6 and rows[0]["image"] == "000.png"
-    assert [found["word"] for found in rows[0]["maps"]] == ["red picture", "blue"]
-    found = rows[0]["maps"][0]
-    assert sum(found["shares"]) + found["constant"] == pytest.approx(found["logit"], abs=1e-4)
-    assert (tmp_path / "a.png").exists()
-
-
-def test_many_words_make_a_taller_row(run, capsys, tmp_path):
+def test_words_of_files(run, capsys, tmp_path, flags):
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0torn")
+    files = [tmp_path / f"$a_{i}$.png" for i in range(3)]
+    for i, file in enumerate(files):
+        picture(i).save(file)
+    asked = ["red picture", "blue", "green", "number 5 " * 400]
+    flags = [*flags, "--out", "a.png", *(flag for text in asked for flag in ("--word", text))]
+    rows = ask("words", run, *files, tmp_path / "torn.jpg", *flags)
+    assert [row["image"] for row in rows] == [file.name for file in files]
+    err = capsys.readouterr().err
+    assert "skipped 1 x unreadable image" in err and "torn.jpg" in err
+    for row in rows:
+        assert [text for text, *_ in row["maps"]] == asked
+        for _, shares, constant, logit in row["maps"]:
+            assert sum(shares) + constant == pytest.approx(logit, abs=1e-4)
     heights = []
-    for top in ("6", "40"):
-        show.main(["words", str(run), "--number", "1", "--top", top, "--word", "red " * 3000])
+    for more in ([], ["--word", "red"] * 4):
+        show.main(["words", str(run), str(files[0]), *more])
         with Image.open(tmp_path / "words.png") as image:
             heights.append(image.height)
-    assert heights[1] > heights[0] + 100
+    assert heights[1] > heights[0] + 100  # a fourth map starts another row
 
 
-def test_words_in_every_caption_have_maps(run, capsys):
+def test_figures_stay_beside_their_bars(run):
     loaded = show.load(run, "cpu")
-    (a,) = loaded.tokenizer.encode_ordinary(" a")
-    assert loaded.idf.weights()[a] == 0
-    assert show.word_weights(loaded, "a", [a])[a] == 1
-    assert "no token that says anything" in refused(capsys, "words", run, "--word", "a")
+    V = loaded.tokenizer.n_vocab
+    words = top_words(loaded._replace(idf=IDF(V)), torch.arange(V) / 10, 6)
+    page = show.Figure((9, 3), dpi=100)
+    axes = page.add_axes((0.2, 0.1, 167 / 900, 167 / 300))
+    axes.set_axis_off()
+    show.draw_bars(words, ["2176x"] * 6, False, axes)
+    page.canvas.draw()
+    box = axes.get_window_extent()
+    assert all(text.get_window_extent().x1 <= box.x1 for text in axes.texts)
+
+
+def test_maps_are_coloured_where_the_shares_are():
+    picture, drawn = np.full((8, 8, 3), 128, dtype=np.uint8), []
+
+    class Axes:
+        imshow, hlines, vlines = drawn.append, (lambda *_, **__: 0), (lambda *_, **__: 0)
+
+    show.draw_map(picture, np.array([1.0, 0, -0.5, 0]), Axes)
+    (colours,) = drawn
+    assert colours[0, 0, 0] > colours[0, 0, 2] and colours[7, 0, 0] < colours[7, 0, 2]
+    assert np.ptp(colours[:, 4:]) == 0
+
+
+def test_a_sigmoid_head_has_probabilities_of_its_own(run):
+    loaded = show.load(run, "cpu")
+    loaded.config.loss = "bce"
+    logits = torch.linspace(-2, 2, loaded.tokenizer.n_vocab)
+    (word,) = top_words(loaded._replace(idf=IDF(len(logits))), logits, 1)
+    assert word.probability == pytest.approx(logits.sigmoid().max().item())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,80 +233,93 @@ def test_words_in_every_caption_have_maps(run, capsys):
 
 
 @pytest.mark.parametrize("make", [make_pairs, make_shards])
-def test_search_finds_and_remembers(run, capsys, tmp_path, monkeypatch, make):
+def test_search_finds(run, capsys, tmp_path, make):
     data = make(tmp_path / "data")
-    flags = ["search", run, "red picture", "blue", "--data", data, "--workers", "0"]
-    first = ask(capsys, *flags, "--number", "5")
-    for answer, colour in zip(first["texts"], ("red", "blue"), strict=True):
-        assert all(colour in hit["image"] for hit in answer["images"])
-        scores = [hit["score"] for hit in answer["images"]]
+    found = ask("search", run, "red picture", "blue", "--data", data, "--number", "5")
+    printed = capsys.readouterr().out
+    for (text, hits), colour in zip(found.items(), ("red", "blue"), strict=True):
+        assert f"{text}:" in printed and all(colour in name for name, _ in hits)
+        scores = [score for _, score in hits]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(show, "make_index", None)  # a second query needs none
-        assert ask(capsys, *flags, "--number", "5")["texts"] == first["texts"]
-    (cache,) = (tmp_path / "cache" / "superclass").iterdir()
-    cache.write_bytes(cache.read_bytes()[:99])  # made anew
-    assert ask(capsys, *flags, "--number", "5")["texts"] == first["texts"]
-    monkeypatch.setattr(show, "make_index", None)
-    file = sorted(path for path in data.iterdir() if path.suffix != ".txt")[0]
-    file.write_bytes(file.read_bytes() + b"\0")  # the source has changed
-    with pytest.raises(TypeError):
-        ask(capsys, *flags)
-
-
-def test_search_notices_that_rows_have_moved(run, capsys, tmp_path):
-    folder, rows = make_pairs(tmp_path / "data"), ["filepath,caption"]
-    rows += [f"{i:03d}.png,{caption(i)}" for i in range(24)]
-    flags = ["search", run, "red picture", "--data", folder / "t.csv", "--workers", "0"]
-    answers = []
-    for table in ([rows[0], ",x", *rows[1:]], [*rows, ",x"]):
-        (folder / "t.csv").write_text("\n".join(table))
-        answers.append(ask(capsys, *flags)["texts"])
-    assert answers[0] == answers[1] and len(answers[0][0]["images"]) == 6
+    assert (tmp_path / "search.png").exists()
 
 
 def test_search_scores_as_zeroshot_does(run):
     loaded, source = show.load(run, "cpu"), load_source(str(run / "pairs"))
-    index = show.make_index(loaded, source, 7, 0)
     texts = ["red picture", "blue"]
     bags = token_bags(loaded.idf, [caption_labels(text, loaded.tokenizer) for text in texts])
-    features, _ = extract(loaded.model, source, 32, workers=0)
-    expected = score_bags(loaded.model, loaded.idf, features, bags, prior=False)
-    found = search(loaded, index, texts).T
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)  # inputs in half precision
-    assert index["places"][:, 0].tolist() == list(range(24))
+    expected = score_bags(loaded.model, loaded.idf, extract(loaded, source, workers=0)[0], bags)
+    found, places = search(loaded, source, texts)
+    torch.testing.assert_close(found, expected)
+    assert places == [(i, 0) for i in range(24)]
 
 
-def test_search_with_workers_and_bad_samples(run, capsys, tmp_path):
+def test_search_with_bad_samples(run, capsys, tmp_path):
     data = make_pairs(tmp_path / "data")
     (data / "000.png").write_bytes(b"")
-    flags = ["search", run, "red", "--data", data, "--workers", "2", "--batch-size", "4"]
-    show.main([str(flag) for flag in [*flags, "--number", "99"]])
-    assert "skipped 1 x empty image file" in capsys.readouterr().err
-    for path in data.glob("*.png"):
-        path.write_bytes(b"no image")
+    flags = ["search", run, "red", "--data", data]
+    assert len(ask(*flags, "--number", "99")["red"]) == 23
+    assert "skipped 1 x unreadable image" in capsys.readouterr().err
+    for i in range(2, 24):
+        (data / f"{i:03d}.png").write_bytes(b"no image")
     assert "more than a tenth" in refused(capsys, *flags)
+
+
+# ------------------------------------------------------------------------------------------------
+# Other objectives.
+
+
+def test_superclip_has_words_and_is_searched(tmp_path):
+    folder = save_run(tmp_path / "run", objective="superclip")
+    assert "red" in [word.text for word in ask("words", folder, "--number", "1")[0]["words"]]
+    (hits,) = ask("search", folder, "red picture").values()
+    assert all("red" in name for name, _ in hits)
+
+
+def test_words_of_a_language_model_are_captions(capsys, tmp_path):
+    folder = save_run(tmp_path / "run", objective="caption")
+    rows = ask("words", folder, "--number", "3")
+    assert [row["image"] for row in rows] == [caption(i) for i in (0, 8, 16)]
+    assert all(f"{row['image']}: {row['generated']}" in capsys.readouterr().out for row in rows[:1])
+    assert (tmp_path / "words.png").exists()
+    line = json.dumps({"filepath": "000.png", "caption": "red", "question": "what colour?"})
+    (folder / "pairs" / "t.jsonl").write_text(line)
+    (row,) = ask("words", folder, "--data", folder / "pairs" / "t.jsonl")
+    assert row["image"] == "what colour? red"
+    assert "a head over the vocabulary" in refused(capsys, "words", folder, "--lift")
+
+
+@pytest.mark.parametrize("objective", ["clip", "lit", "supervised"])
+@pytest.mark.parametrize("command", [["words"], ["search", "red"]])
+def test_runs_without_a_head_over_words_are_refused(run, capsys, tmp_path, objective, command):
+    config = json.loads((run / "config.json").read_text()) | {"objective": objective}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name, *text = command
+    assert f"objective is {objective}" in refused(capsys, name, tmp_path, *text)
 
 
 # ------------------------------------------------------------------------------------------------
 # Curves and data.
 
 
-def test_curves_of_two_runs(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    show.main(["curves", str(run), str(run), "--out", "c.png"])
-    with Image.open(tmp_path / "c.png") as image:
-        assert image.size[0] == 900
+def test_curves_of_runs(run, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / "b" / name).write_text((run / name).read_text())
+    rows = [{"step": 2, "task": "caption", "images": 3, "cider": 4.5, "exact": 0.25}]
+    rows.append({"step": 2, "task": "zeroshot", "top1": 0.9, "flags": {"data": "other"}})
+    (tmp_path / "b" / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    panels = ask("curves", run, tmp_path / "b")
+    assert [*panels["loss"]] == [str(run), str(tmp_path / "b")]
+    assert panels["loss"][str(run)] == [(8, 3, 0), (16, 1.5, 0)]
+    assert panels["zeroshot class"] == {str(run): [(16, 0.5, 0)]}
+    assert panels["caption cider"] == {str(tmp_path / "b"): [(16, 4.5, 0)]}
+    assert "zeroshot class 0.5 after 16 images" in capsys.readouterr().out
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width == 900
 
 
-@pytest.mark.parametrize("command", ["curves", "scaling"])
-def test_curves_need_matplotlib(run, capsys, monkeypatch, command):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    assert "pip install matplotlib" in refused(capsys, command, run)
-
-
-def test_scaling_draws_means_over_seeds(run, capsys, tmp_path):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+def test_final_scores_are_means_over_seeds(run, capsys, tmp_path):
     folders, scores = [], {("superclass", 16): (0.5, 0.7), ("superclass", 32): (0.8, 0.8)}
     scores |= {("clip", 16): (0.3, 0.4), ("clip", 32): (0.6, 0.5)}
     for (objective, samples), values in scores.items():
@@ -298,48 +334,47 @@ def test_scaling_draws_means_over_seeds(run, capsys, tmp_path):
             (folder / "metrics.jsonl").write_text(json.dumps(line | {"peak_mb": None}) + "\n")
             row = {"step": step, "task": "zeroshot", "attribute": "class", "top1": score}
             (folder / "eval.jsonl").write_text(json.dumps(row) + "\n")
-            folders.append(str(folder))
-    show.main(["scaling", *folders, "--out", "s.png"])
-    with Image.open(tmp_path / "s.png") as image:
-        assert image.size[0] == 900
-    (axis,) = pyplot.gcf().axes
-    drawn = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axis.containers}
-    assert drawn == {
-        "superclass XXS/8": [[16, pytest.approx(0.6)], [32, 0.8]],
-        "clip XXS/8": [[16, pytest.approx(0.35)], [32, pytest.approx(0.55)]],
-    }
-    (tmp_path / "clip-16-1" / "eval.jsonl").write_text("")
-    assert "has no score" in refused(capsys, "scaling", *folders)
-    folders.remove(str(tmp_path / "clip-16-1"))
-    (tmp_path / "clip-32-0" / "config.json").write_text(json.dumps(config))
-    assert "a seed occurs twice" in refused(capsys, "scaling", *folders)
-    config |= {"seed": 7, "lr": 9.0}
-    (tmp_path / "clip-32-0" / "config.json").write_text(json.dumps(config))
-    assert "they differ in lr" in refused(capsys, "scaling", *folders)
+            folders.append(folder)
+    panels = ask("curves", *folders, "--final", "--out", "s.png")
+    deviation = np.std([0.5, 0.7], ddof=1)
+    expected = {"superclass XXS/8": [(16, 0.6, deviation), (32, 0.8, 0)]}
+    expected["clip XXS/8"] = [(16, 0.35, deviation / 2), (32, 0.55, deviation / 2)]
+    assert panels.keys() == {"zeroshot"} and panels["zeroshot"].keys() == expected.keys()
+    for line, points in panels["zeroshot"].items():
+        np.testing.assert_allclose(points, expected[line], atol=1e-9)
+    assert (tmp_path / "s.png").exists()
+    folders[0].rename(tmp_path / "other-0")
+    other = [tmp_path / "other-0", folders[1]]
+    assert "would be one point" in refused(capsys, "curves", "--final", *other)
+    (folders[1] / "eval.jsonl").write_text("")
+    assert "no score" in refused(capsys, "curves", "--final", folders[1])
+    (folders[1] / "metrics.jsonl").write_text("")
+    assert "is not finished" in refused(capsys, "curves", "--final", folders[1])
 
 
 def test_data_of_a_folder(capsys, tmp_path):
     data = make_pairs(tmp_path / "data")
     (data / "000.txt").write_text(" ")
     (data / "001.txt").write_text("long " * 100)
-    found = ask(capsys, "data", data, "--tokenizer", "bpe:300", "--flip", "--top", "8")
-    assert found["examined"] == 24 and found["skipped"] == {"empty caption": 1}
-    assert (
-        found["cut to 77 tokens"] == 1 and found["quantiles"]["words of a caption"]["most"] == 100
-    )
-    assert found["quantiles"]["shorter side, pixels"]["median"] == 40
-    picture_token = next(row for row in found["tokens"] if row["token"] == "picture")
-    assert picture_token["share"] == pytest.approx(22 / 23)
-    assert picture_token["idf"] == pytest.approx(np.log(24 / 23), rel=1e-4)
+    found = ask("data", data, "--tokenizer", "bpe:300", "--flip")
+    assert found["skipped"] == [
+        ["bad samples", "of 24"],
+        ("unusable caption", 1),
+        ("captions cut to 77 tokens", 1),
+    ]
+    quantiles = {name: row for name, *row in found["quantiles"]}
+    assert quantiles["words of a caption"][-1] == 100
+    assert quantiles["shorter side, pixels"][2] == 40
+    assert ["picture", f"{22 / 23:.1%}", f"{np.log(24 / 23):.2f}"] in found["tokens"]
+    assert "unusable caption" in capsys.readouterr().out
     assert (tmp_path / "data.png").exists()
 
 
 def test_data_of_shards(capsys, tmp_path):
     data = make_shards(tmp_path / "d")
-    found = ask(
-        capsys, "data", data, "--limit", "20", "--tokenizer", "words:5", "--image-size", "8"
-    )
-    assert found["examined"] == 20 and not found["skipped"] and len(found["tokens"]) == 5
+    found = ask("data", data, "--number", "1", "--tokenizer", "words:5", "--image-size", "8")
+    assert found["skipped"][0][1] == "of 60" and len(found["skipped"]) == 2
+    assert len(found["tokens"]) == 1 + 5
 
 
 # ------------------------------------------------------------------------------------------------
@@ -347,15 +382,15 @@ def test_data_of_shards(capsys, tmp_path):
 
 
 def test_mistakes_get_a_sentence(run, capsys, tmp_path):
-    (tmp_path / "empty").mkdir()
     (tmp_path / "torn.png").write_bytes(b"\x89PNG torn")
     picture(0).save(tmp_path / "good.png")
     assert "holds no run" in refused(capsys, "words", tmp_path)
-    assert "no image found" in refused(capsys, "words", run, tmp_path / "nowhere.png")
-    assert "holds no image" in refused(capsys, "words", run, tmp_path / "empty")
-    assert "torn.png" in refused(capsys, "words", run, tmp_path / "torn.png")
+    assert "nowhere.png No such file" in refused(capsys, "words", run, tmp_path / "nowhere.png")
+    torn = refused(capsys, "words", run, tmp_path / "torn.png")
+    assert "of 1 samples none can be used: 1 x unreadable image" in torn and "torn.png" in torn
     unknown = refused(capsys, "words", run, tmp_path / "good.png", "--word", "ZX")
     assert "'ZX' has no token" in unknown
+    assert "'a' has no token" in refused(capsys, "words", run, "--word", "a")  # it is in all
     assert "'ZX' has no token" in refused(capsys, "search", run, "red", "ZX")
     assert "no source 'nothing'" in refused(capsys, "search", run, "red", "--data", "nothing")
     assert "no source 'nothing'" in refused(capsys, "data", "nothing")
@@ -365,29 +400,142 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     assert "not both" in both
     with pytest.raises(SystemExit):
         show.main(["data", "shapes", "--min-scale", "2"])
-    assert "invalid share value: '2'" in capsys.readouterr().err
+    assert "must be from 0 to 1, not 2" in capsys.readouterr().err
     out = tmp_path / "no" / "folder.png"
-    assert "cannot be written" in refused(capsys, "words", run, "--out", out)
+    assert "cannot be written" in refused(capsys, "words", run, "--number", "1", "--out", out)
     assert "cannot be written" in refused(capsys, "curves", run, "--out", out)
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "config.json").write_text((run / "config.json").read_text())
     assert "no line" in refused(capsys, "curves", tmp_path / "blank")
 
 
-@pytest.mark.parametrize("objective", ["clip", "lit", "supervised"])
-@pytest.mark.parametrize("command", [["words"], ["search", "red"]])
-def test_runs_without_a_head_over_words_are_refused(run, capsys, tmp_path, objective, command):
-    config = json.loads((run / "config.json").read_text()) | {"objective": objective}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    name, *text = command
-    assert f"objective is {objective}" in refused(capsys, name, tmp_path, *text)
+def test_the_flags_stay_few():
+    (commands,) = (a for a in show.make_parser()._actions if a.dest == "command")
+    options = [a.option_strings for sub in commands.choices.values() for a in sub._actions]
+    flags = {(i, name) for i, names in enumerate(options) for name in names if name[:2] == "--"}
+    assert len(flags) - len(commands.choices) == 24  # each command has --help, too
 
 
-def test_bad_samples_of_a_source_are_told(capsys):
-    source = load_source("shapes", "val")
+# ------------------------------------------------------------------------------------------------
+# The two splits of a logit: against the formula in float64, against each other, and their sums.
 
-    def make(raw):
-        return BadSample("damaged image", "here")
 
-    with pytest.raises(show.UserError, match="of 3 files or samples none can be used: 3 x damaged"):
-        show.gather(source, 3, make)
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """A model whose norms, biases and statistics are as far from their start as training's."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p += 0.3 * torch.randn_like(p)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def small_model() -> SuperClass:
+    torch.manual_seed(0)
+    return shaken(SuperClass(ViT(16, 4, 32, 2, 4), 50))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_shares_of_the_output_sum_to_the_logit(bf16):
+    model, images = small_model(), torch.randn(3, 3, 16, 16)
+    weights = torch.zeros(50)
+    weights[[3, 8]] = torch.tensor([0.3, 0.7])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        shares, constant = output_shares(model, images, weights)
+        tokens, rounded = model.encoder(images), model(images).float()
+    assert shares.shape == (3, 16) and constant.shape == (3,) and shares.dtype == torch.float32
+    with torch.no_grad():
+        logits = model.head(model.norm(tokens.float().mean(dim=1)))  # from the same tokens
+    total = shares.sum(dim=1) + constant
+    torch.testing.assert_close(total, logits @ weights, rtol=0, atol=1e-4)
+    torch.testing.assert_close(total, rounded @ weights, rtol=0, atol=0.05 if bf16 else 1e-4)
+
+
+def test_shares_of_the_output_are_those_of_each_patch():
+    """By hand, in float64, from before the encoder's last norm: through both norms."""
+    model, images, c = small_model().double(), torch.randn(2, 3, 16, 16).double(), 5
+    before = []
+    model.encoder.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
+    with torch.no_grad():
+        p = model.features(images).numpy()
+    x, encoder_norm, norm = before[0].numpy(), model.encoder.norm, model.norm
+    g1, b1, g2 = (t.detach().numpy() for t in (encoder_norm.weight, encoder_norm.bias, norm.weight))
+    w = model.head.weight[c].detach().numpy()
+    expected = np.zeros((2, 16))
+    for i in range(2):
+        deviation = np.sqrt(p[i].var() + norm.eps)
+        for n in range(16):
+            own = (x[i, n] - x[i, n].mean()) / np.sqrt(x[i, n].var() + encoder_norm.eps)
+            z = g1 * own + b1
+            expected[i, n] = sum(w * g2 * (z - z.mean())) / deviation / 16
+    weights = torch.nn.functional.one_hot(torch.tensor(c), 50).float()
+    shares, _ = output_shares(model.float(), images.float(), weights)
+    np.testing.assert_allclose(shares.numpy(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["XXS/8", "resnet50", "convnext_tiny"])
+@pytest.mark.parametrize("split", [output_shares, input_shares])
+def test_shares_of_all_encoders_sum_to_the_logit(name, split):
+    model = shaken(SuperClass(build_encoder(name, 64), 20))
+    images, weights = torch.randn(2, 3, 64, 64), torch.rand(2, 20)
+    shares, constant = split(model, images, weights)
+    assert shares.shape == (2, 64 if name == "XXS/8" else 4)
+    with torch.no_grad():
+        logits = model(images)
+    expected = (logits * weights).sum(dim=1)
+    torch.testing.assert_close(shares.sum(dim=1) + constant, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shares_of_the_input_leave_nothing_out():
+    """Without biases and positions, no constant is left: all of a logit comes from the pixels."""
+    model = small_model()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("bias", "pos_embed")):
+                p.zero_()
+    images = torch.randn(3, 3, 16, 16)
+    shares, constant = input_shares(model, images, torch.eye(50)[7])
+    torch.testing.assert_close(constant, torch.zeros(3), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        logits = model(images)
+    torch.testing.assert_close(shares.sum(dim=1), logits[:, 7], rtol=0, atol=1e-4)
+    assert logits[:, 7].abs().min() > 0.01
+
+
+def test_holding_changes_no_value_and_mends_every_gradient():
+    """The map that is held is linear: its gradient is that of a difference, however large."""
+    model, images = small_model(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        plain = model(images)
+        with Held():
+            torch.testing.assert_close(model(images), plain, rtol=1e-5, atol=1e-5)
+    x = torch.linspace(-4, 4, 9, requires_grad=True)
+    with Held():
+        y = torch.nn.functional.gelu(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close((gradient * x).detach(), y.detach())
+    q, k, v = (torch.randn(1, 2, 5, 3, requires_grad=True) for _ in range(3))
+    with Held():
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert not out.grad_fn.next_functions[0][0] or torch.autograd.grad(
+        out.sum(), [q, k], allow_unused=True
+    ) == (None, None)
+
+
+def test_a_patch_that_does_not_reach_others_has_the_same_share_at_both_ends():
+    """Without attention and positions, output and input differ in the constants only."""
+    model = small_model()
+    with torch.no_grad():
+        model.encoder.pos_embed.zero_()
+        for name, p in model.named_parameters():
+            if ".attn.proj" in name or name.endswith("bias"):
+                p.zero_()
+    images, weights = torch.randn(2, 3, 16, 16), torch.rand(50)
+    at_input, _ = input_shares(model, images, weights)
+    at_output, _ = output_shares(model, images, weights)
+    torch.testing.assert_close(at_input, at_output, rtol=1e-4, atol=1e-5)

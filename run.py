@@ -1,0 +1,306 @@
+"""Runs: what a run's folder holds, and how it is read and written.
+
+config.json         the flags, and what follows from them: vocabulary size, classes, precision
+tokenizer.tiktoken  the tokenizer's vocabulary
+checkpoint.pt       everything that training needs to continue exactly
+encoder.pt          the encoder alone, with timm's names
+metrics.jsonl       one line every --log-every steps
+eval.jsonl          one line for each score
+
+This module also holds what all commands share: devices, files that are written whole or not at all,
+weights that are loaded into an encoder, and the flags that describe data.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
+from baselines import CLIP, TEXT_SIZES, SuperCLIP, build_encoder, build_text_tower
+from caption import Captioner, LanguageModel
+from sources import BUILT_IN, load_source
+from superclass import IDF, SuperClass, ViT
+from tokenizer import UserError as UserError  # it lives in the lowest module that raises it
+from tokenizer import read_tokenizer
+
+HEADS = ("superclass", "superclip")  # the objectives with a head over the vocabulary
+# What may change when a run is resumed; all other flags belong to the run.
+MAY_CHANGE = {"micro_batch", "compile", "grad_checkpointing", "workers", "device"}
+MAY_CHANGE |= {"save_every", "log_every", "out", "resume", "no_first_eval"}
+
+
+class Run(NamedTuple):
+    """What a run's folder holds, ready for use."""
+
+    folder: Path
+    config: argparse.Namespace
+    tokenizer: object
+    model: SuperClass | CLIP | Captioner
+    idf: IDF
+    step: int
+
+
+def load_run(folder: Path, device: torch.device) -> Run:
+    """Load a run for evaluation; raises UserError if the folder holds no run or a damaged one."""
+    config = read_config(folder)
+    state = read_checkpoint(config)
+    try:
+        model, idf = build_model(config), IDF(config.vocab_size)
+        model.load_state_dict(state["model"])
+        idf.load_state_dict(state["idf"])
+        tokenizer = read_tokenizer(folder / "tokenizer.tiktoken", vars(config))
+        model, step = model.to(device).eval(), state["progress"]["step"]
+        return Run(folder, config, tokenizer, model, idf.to(device), step)
+    except UserError:
+        raise
+    except Exception as error:  # files that were changed can contradict each other anywhere
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{folder} is damaged: its files do not fit together ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def build_model(config: argparse.Namespace) -> SuperClass | CLIP | Captioner:
+    """The untrained model of a run's objective."""
+    encoder = build_encoder(config.model, config.image_size)
+    if config.objective == "caption":
+        width, depth, heads = TEXT_SIZES.get(config.model.split("/")[0], TEXT_SIZES["B"])
+        small = config.vocab_size + 1, width, depth // 2, heads, 2048  # the last id is the end mark
+        language_model = LanguageModel(*(config.lm_shape or small))
+        return Captioner(encoder, language_model, config.prefix, frozen_lm=bool(config.lm))
+    if config.objective in ("clip", "lit", "superclip"):
+        text = build_text_tower(config.model, config.vocab_size)
+        if config.objective == "superclip":
+            return SuperCLIP(encoder, text)
+        return CLIP(encoder, text, locked=config.objective == "lit")
+    supervised = config.objective == "supervised"
+    outputs = sum(map(len, config.classes.values())) if supervised else config.vocab_size
+    return SuperClass(encoder, outputs)
+
+
+def open_sources(config: argparse.Namespace, trains: bool = True, **given) -> tuple:
+    """The training and the validation source of a run; `given` flags replace the run's own.
+
+    The first is None if nothing trains on it. The second is None if none is named and the training
+    source has no split of its own. When nothing trains, `data` alone names what is evaluated.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    data = given.get("data", config.data)
+    val = given.get("val_data", None if "data" in given else config.val_data)
+    if val is None and (data in BUILT_IN or ("data" in given and not trains)):
+        val = data
+    where = config.data_root, given.get("class_names", config.class_names)
+    train = load_source(data, "train", *where) if trains else None
+    return train, val and load_source(val, "val", *where)
+
+
+# ------------------------------------------------------------------------------------------------
+# Files.
+
+
+def read_config(folder: Path) -> argparse.Namespace:
+    """The run's config.json; raises UserError if there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError:
+        raise UserError(f"{folder} holds no run: there is no config.json in it") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} is damaged: it is not a JSON object")
+    return argparse.Namespace(**config, out=folder)
+
+
+def fingerprint(config: argparse.Namespace) -> str:
+    """What ties a checkpoint to its run: a hash of its own flags and of its vocabulary."""
+    flags = {key: value for key, value in vars(config).items() if key not in MAY_CHANGE}
+    vocabulary = (config.out / "tokenizer.tiktoken").read_bytes()
+    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode() + vocabulary).hexdigest()
+
+
+def read_checkpoint(config: argparse.Namespace) -> dict:
+    """The checkpoint of a run; raises UserError if it is missing, damaged, or another run's."""
+    state = read_weights(config.out / "checkpoint.pt")
+    if state.get("fingerprint") != fingerprint(config):
+        raise UserError(
+            f"{config.out / 'checkpoint.pt'} does not belong to the config.json and "
+            "tokenizer.tiktoken beside it: it is another run's"
+        )
+    return state
+
+
+def read_weights(path: Path) -> dict:
+    """A file of tensors; no code in it is ever run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path} is damaged and cannot be read: {reason}") from None
+
+
+def publish(content: dict | bytes | str, path: Path):
+    """Write a file whole or not at all: beside the old one, flushed to disk, then renamed.
+
+    Raises UserError if that fails, for instance on a full disk; the old file is then intact.
+    """
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            if isinstance(content, dict):
+                torch.save(content, file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter when a write fails
+        beside.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written ({error}); the file before it is intact"
+        ) from None
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The lines of a .jsonl file without those that were cut off; none if there is no file."""
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def own_rows(folder: Path) -> list[dict]:
+    """The scores of a run on its own data and classes, which tables and curves show."""
+    return [row for row in read_jsonl(folder / "eval.jsonl") if not row.get("flags")]
+
+
+def append_jsonl(path: Path, rows: list[dict]):
+    """Append lines to a .jsonl file, whose last line may have been cut off."""
+    try:
+        with open(path, "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            cut = file.read() not in (b"", b"\n")
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            file.write(("\n" * cut + lines).encode())
+    except OSError as error:  # a full disk
+        raise UserError(f"{path} cannot be written ({error})") from None
+
+
+def init_encoder(encoder: nn.Module, path: Path, say: Callable = print):
+    """Load the encoder of a run's folder, or a state dict with timm's names, into `encoder`.
+
+    Positions for another image size are interpolated. Raises UserError if anything else differs.
+    """
+    state = read_weights(path / "encoder.pt" if path.is_dir() else path)
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--init {path} is not an encoder: it must hold nothing but named tensors")
+    wanted = encoder.state_dict()
+    if isinstance(encoder, ViT) and state.get("pos_embed", torch.empty(0)).ndim == 3:
+        old, new = (math.isqrt(t["pos_embed"].shape[1]) for t in (state, wanted))
+        if old != new and old * old == state["pos_embed"].shape[1]:
+            # [1, N, D] -> [1, D, n, n], an image with D channels, to the new size and back.
+            grid = state["pos_embed"].float().transpose(1, 2).unflatten(2, (old, old))
+            options = {"mode": "bicubic", "antialias": True, "align_corners": False}
+            grid = nn.functional.interpolate(grid, (new, new), **options)
+            state["pos_embed"] = grid.flatten(2).transpose(1, 2)
+            say(f"init    positions of {path} interpolated from {old} x {old} to {new} x {new}")
+    wrong = [f"{key} is missing" for key in wanted.keys() - state.keys()]
+    wrong += [f"{key} is unknown" for key in state.keys() - wanted.keys()]
+    wrong += [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in wanted.keys() & state.keys()
+        if state[key].shape != wanted[key].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise UserError(f"--init {path} does not fit: {', '.join(sorted(wrong)[:20])}{more}")
+    encoder.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------
+# Devices and flags.
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(
+            f"device '{name}' is unknown or not available here: use auto, cuda, mps or cpu"
+        ) from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The autocast type; "auto": bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        # Without AMX, AVX-512's bf16 does not pay for its conversions: 0.83 of fp32's speed.
+        name = "bf16" if features.get("amx_bf16") else "fp32"
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[name]
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The peak of the GPU's allocated memory so far, elsewhere the process's own peak; in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable:
+    """The type of a flag that takes an int or a float from low to high."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, not {text}") from None
+        if not low <= value <= high:
+            allowed = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
+        return value
+
+    return parse
+
+
+def add_data_flags(add: Callable):
+    """Flags that describe a source and how training sees it; for train.py and show.py."""
+    add("--data-root", default="data", help="where torchvision keeps its data sets")
+    add("--class-names", help="file with one class a line, several names separated by commas")
+    add(
+        "--tokenizer",
+        default="bpe:512",
+        help="bpe:N or words:N (learned from the captions), clip, a name that tiktoken knows, a "
+        ".tiktoken or a Hugging Face tokenizer.json file",
+    )
+    add("--drop-stopwords", action="store_true", help="leave words such as 'the' out of captions")
+    add("--image-size", type=number(int, 1), default=32, help="pixels")
+    add("--min-scale", type=number(float, 0, 1), default=0.9, help="smallest area of a random crop")
+    add("--flip", action="store_true", help="mirror half of the images")
+    add("--color-jitter", type=number(float, 0, 1), default=0.0, help="strength; the paper: 0.32")
+    add("--seed", type=number(int, 0), default=0)

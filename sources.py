@@ -1,0 +1,544 @@
+"""Sources: what `--data` names, as samples with an image, a caption and classes.
+
+`load_source` opens a built-in source, a folder, a table or tar shards. Each source gives an endless
+training stream (`stream`), whose order is a pure function of the seed and the position, and single
+passes for evaluation (`once`). `data.py` turns its samples into tensors.
+
+Nothing in the data is trusted: archives are read and never extracted, and a sample that cannot be
+used becomes a `BadSample`, counted and reported.
+"""
+
+import contextlib
+import csv
+import itertools
+import json
+import re
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import fsspec
+import numpy as np
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+import shapes
+from shapes import pick
+from tokenizer import UserError
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+KINDS = (
+    "missing image",
+    "unreadable image",
+    "missing caption",
+    "unusable caption",
+    "unreadable row",
+    "damaged shard",
+    "unknown label",
+)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used: one of the KINDS, and a detail for the user."""
+
+    def __init__(self, kind: str, detail: object = ""):
+        super().__init__(kind, str(detail))
+        self.kind, self.detail = kind, str(detail)
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+class Raw(NamedTuple):
+    """A sample as a source holds it. `targets` has one class per attribute."""
+
+    image: Image.Image | bytes | Path | None
+    caption: str | bytes | Path | None
+    targets: tuple[int, ...] = ()
+    question: str | None = None  # what the caption answers, if it is an answer
+
+
+class Sample(NamedTuple):
+    """A sample with its image as uint8 [3, S, S] and its texts as token ids in order."""
+
+    image: Tensor | None
+    tokens: list[int]
+    question: list[int]
+    targets: tuple[int, ...]
+
+
+def read_caption(caption: str | bytes | Path | None) -> str:
+    """The text of a caption; raises BadSample if there is none."""
+    try:
+        if isinstance(caption, Path):
+            caption = caption.read_bytes()
+        if isinstance(caption, bytes):
+            caption = caption.decode("utf-8")
+        if caption is None:
+            raise BadSample("missing caption")
+        caption.encode("utf-8")  # tables are read with surrogates in place of bad bytes
+    except UnicodeError:
+        raise BadSample("unusable caption", "not UTF-8") from None
+    except OSError as error:
+        raise BadSample("missing caption", error.strerror) from None
+    if not caption.strip():
+        raise BadSample("unusable caption", "empty")
+    return caption
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources. Each has `.attributes`, what can be evaluated: {attribute: [names of each class]}.
+
+
+class Start(NamedTuple):
+    """Where a training stream starts."""
+
+    samples: int = 0  # the samples that the whole run has seen
+    lanes: int = 1  # shards only: the number of lanes, a property of the run
+    places: dict[int, tuple[int, int, int]] = {}  # shards only: lane -> (pass, group, offset)
+
+
+class Pairs:
+    """A source of known length. Subclasses give `__len__` and `raw(i)`, a Raw or a BadSample."""
+
+    attributes: dict[str, list[list[str]]] = {}
+
+    def __str__(self) -> str:
+        return f"{len(self):,} pairs"
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """The captions of the first `limit` samples without the bad ones, to learn a tokenizer."""
+        for i in range(min(limit, len(self))):
+            with contextlib.suppress(BadSample):
+                yield read_caption(getattr(self.raw(i), "caption", None))
+
+    def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
+        """The samples at the positions reader, reader + readers, ... of the endless stream.
+
+        Position p holds sample p mod N of pass p div N; each pass has its own order. A bad sample
+        is followed by another for the same position, drawn from the seed and p.
+
+        Yields: (Sample or BadSample, None).
+        """
+        N, current, order = len(self), -1, None
+        for p in itertools.count(start.samples + (reader - start.samples) % readers, readers):
+            if p // N != current:
+                current = p // N
+                order = np.random.default_rng((seed, current)).permutation(N)
+            i, item = int(order[p % N]), None
+            for attempt in itertools.count(1):
+                item = prepare(self.raw(i), (p, attempt))
+                yield item, None
+                if isinstance(item, Sample):
+                    break
+                i = int(np.random.default_rng((seed, p, attempt)).integers(N))
+
+    def once(self, reader: int, readers: int, block: int, limit: int | None):
+        """One reader's blocks of one pass: lists of (place, Raw). The readers take turns.
+
+        A limit takes evenly spaced samples: the first ones of a folder may all be of one class.
+        """
+        n = min(limit or len(self), len(self))
+        for first in range(reader * block, n, readers * block):
+            chosen = (j * len(self) // n for j in range(first, min(first + block, n)))
+            yield [((i, 0), self.raw(i)) for i in chosen]
+
+    def at(self, place: tuple[int, int]) -> Raw | BadSample:
+        """The sample at a place that `once` gave."""
+        return self.raw(place[0])
+
+
+class Shapes(Pairs):
+    """Pictures of a coloured shape, drawn when needed, with captions or questions and answers."""
+
+    attributes = shapes.ATTRIBUTES
+
+    def __init__(self, split: str, asks: bool = False):
+        self.split, self.asks = split, asks
+
+    def __len__(self) -> int:
+        return shapes.LENGTHS[self.split]
+
+    def raw(self, i: int) -> Raw:
+        scene, question = shapes.scene_of(i, self.split), None
+        text = shapes.caption(scene)  # always made: the picture's random numbers come after it
+        if self.asks:
+            question, text = shapes.question(scene)
+        return Raw(shapes.draw(scene)[0], text, (scene["shape"], scene["colour"]), question)
+
+    def captions(self, limit: int) -> Iterator[str]:
+        scenes = (shapes.scene_of(i, self.split) for i in range(min(limit, len(self))))
+        return (" ".join(shapes.question(s)) if self.asks else shapes.caption(s) for s in scenes)
+
+
+TEMPLATES = """a photo of a {}|one {}|the {} in the picture|my favourite {}|{}|is this a {} ?
+i found this {} yesterday|a small picture of a {}|a {} on a plain background|new {} for sale
+{}, front view|a close look at the {}|just a {}|what a nice {}!|an old {}|{} seen from the side
+there is a {} here|a {} and nothing else|low resolution {}|image 12 of 40: {}
+the best {} of the year
+a picture of the {} at home|buy the {} online today|this {} belongs to my friend|somebody's {}
+{} in good condition|we sell a {} like this|photo: {}|you are looking at a {}|{} with free shipping
+a typical {}|an unusual {}|size m {}|the label says {}|please rate my {}|a {} that i drew"""
+TEMPLATES = TEMPLATES.replace("\n", "|").split("|")
+
+
+class Labelled(Pairs):
+    """A classified set of torchvision's; captions put the class name into one of 36 templates."""
+
+    NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
+
+    def __init__(self, spec: str, split: str, root: str):
+        make = getattr(torchvision.datasets, self.NAMES[spec])
+        try:
+            try:
+                self.set = make(root, train=split == "train", download=False)
+            except RuntimeError:  # it is not there yet
+                self.set = make(root, train=split == "train", download=True)
+        except (RuntimeError, OSError) as error:
+            folder = Path(root) / (getattr(make, "base_folder", None) or f"{make.__name__}/raw")
+            raise UserError(
+                f"{spec} is not complete in {folder} and could not be downloaded ({error}): copy "
+                "its files there as torchvision expects them, name another folder with "
+                "--data-root, or use --data shapes, which needs no files"
+            ) from None
+        self.names = [name.lower().replace("_", " ").split("/") for name in self.set.classes]
+        self.attributes = {"class": self.names}
+
+    def __len__(self) -> int:
+        return len(self.set)
+
+    def raw(self, i: int) -> Raw:
+        image, target = self.set[i]
+        rng = np.random.default_rng(i)
+        return Raw(image, pick(rng, TEMPLATES).format(pick(rng, self.names[target])), (target,))
+
+
+class Classes:
+    """The classes of a user's data: the number of each label, and the names of each class.
+
+    Without --class-names every label found is a class. With it, labels are its names or its line
+    numbers from 0. Folder names may have underscores for blanks.
+    """
+
+    def __init__(self, found: Iterable[str], names: list[list[str]] | None):
+        found = sorted(set(found))
+        self.names = names or [[label.replace("_", " ")] for label in found]
+        self.numbers = {label: c for c, label in enumerate(found)}
+        if names:
+            self.numbers = {str(c): c for c in range(len(names))}
+            self.numbers |= {name: c for c, aliases in enumerate(names) for name in aliases}
+        for label in found:
+            self.number(label)
+
+    def number(self, label: str | None) -> tuple[int]:
+        """The class of a label, -1 for none; raises UserError for an unknown label."""
+        if label is None:
+            return (-1,)
+        number = self.numbers.get(label, self.numbers.get(label.replace("_", " ")))
+        if number is None:
+            raise UserError(f"label '{label}' is not one of the {len(self.names)} of --class-names")
+        return (number,)
+
+
+class Files(Pairs):
+    """Images on disk. A row is (image path, caption or its path, label, question) or None."""
+
+    def __init__(self, rows: list[tuple | None], names: list[list[str]] | None):
+        self.rows = rows
+        labels = {row[2] for row in rows if row and row[2] is not None}
+        self.classes = Classes(labels, names)
+        self.attributes = {"class": self.classes.names} if labels else {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def raw(self, i: int) -> Raw | BadSample:
+        if self.rows[i] is None:
+            return BadSample("unreadable row", f"number {i + 1}")
+        image, caption, label, question = self.rows[i]
+        targets = self.classes.number(label) if self.attributes else ()
+        return Raw(image, caption, targets, question)
+
+
+def open_folder(root: Path, names: list[list[str]] | None) -> Files:
+    """All images below a folder; the class of an image is the name of its subfolder, if any."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    images = [path for path in files if path.suffix.lower() in IMAGE_TYPES]
+    if not images:
+        kinds = Counter(path.suffix or "no extension" for path in files)
+        found = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)) or "no file at all"
+        raise UserError(f"{root} holds no image ({', '.join(IMAGE_TYPES)}); found: {found}")
+    rows = []
+    for path in images:
+        label = path.parent.name if path.parent != root else None
+        rows.append((path, texts.get(path.with_suffix("")), label, None))
+    for stem in sorted(texts.keys() - {path.with_suffix("") for path in images}):
+        rows.append((None, texts[stem], None, None))
+    return Files(rows, names)
+
+
+def open_table(path: Path, names: list[list[str]] | None) -> Files:
+    """A CSV, TSV or JSON-lines file: filepath, caption (or title), optional label and question."""
+    rows, columns = [], []
+    # surrogateescape carries bad bytes to `read_caption`, which reports their row.
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        json_lines = path.suffix == ".jsonl"
+        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        try:
+            columns = [] if json_lines else list(reader.fieldnames or ())
+            for record in map(parse_json, lines) if json_lines else reader:
+                columns = columns or list(record or ())
+                record = record or {}
+                file, text = record.get("filepath"), record.get("caption", record.get("title"))
+                label, question = record.get("label"), record.get("question")
+                label = None if label in (None, "") else str(label)
+                rows.append((path.parent / file, text, label, question) if file else None)
+        except csv.Error as error:
+            raise UserError(f"{path} is not a table: row {len(rows) + 2}: {error}") from None
+    if "filepath" not in columns or not {"caption", "title", "label"} & set(columns):
+        found = ", ".join(map(str, columns)) or "none"
+        raise UserError(f"{path} needs the columns filepath and caption (or title); found: {found}")
+    return Files(rows, names)
+
+
+def parse_json(line: str) -> dict | None:
+    """One JSON object whose path, caption and question are text, or None."""
+    try:
+        record = json.loads(line)
+        texts = [record.get(key) for key in ("filepath", "caption", "title", "question")]
+    except (ValueError, AttributeError):
+        return None
+    return record if all(isinstance(text, str | None) for text in texts) else None
+
+
+class Shards:
+    """Webdataset shards: tar files in which KEY.jpg (png, webp), KEY.txt and KEY.cls lie together.
+
+    Members are read as a stream and never extracted. Remote addresses go through fsspec.
+    """
+
+    GROUP = 2  # shards that a lane holds in memory at a time, compressed, to mix their samples
+    TRIES = 5
+
+    def __init__(self, spec: str, names: list[list[str]] | None):
+        self.urls = expand_shards(spec)
+        self.classes = Classes((), names)
+        self.attributes = {"class": names} if names else {}
+
+    def __str__(self) -> str:
+        return f"{len(self.urls):,} shards"
+
+    def read(self, url: str) -> list[Raw | BadSample]:
+        """The samples of one shard; raises UserError if it cannot be read in TRIES tries."""
+        for attempt in range(1, self.TRIES + 1):
+            try:
+                with fsspec.open(url, "rb") as file:
+                    return list(self.samples(file, url))
+            except ImportError as error:
+                raise UserError(f"{url} cannot be read without another package: {error}") from None
+            except Exception as error:  # each file system of fsspec has its own
+                if isinstance(error, FileNotFoundError) and "://" not in url:
+                    raise UserError(f"there is no shard {url}") from None
+                reason = f"{type(error).__name__} {error.__cause__ or error}"
+                time.sleep(2**attempt / 2 if attempt < self.TRIES else 0)
+        raise UserError(f"shard {url} could not be read in {self.TRIES} tries: {reason}")
+
+    def samples(self, file: BinaryIO, url: str) -> Iterator[Raw | BadSample]:
+        """Group the members of a tar file by their key: their name up to its first dot."""
+        key, parts = None, {}
+        try:
+            with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
+                for member in tar:
+                    path = PurePosixPath(member.name)
+                    if not member.isfile() or path.is_absolute() or ".." in path.parts:
+                        yield BadSample("damaged shard", f"{url}: {path} is not a plain file")
+                        continue
+                    stem, _, kind = path.name.partition(".")
+                    if (path.parent, stem) != key and parts:
+                        yield self.sample(parts, f"{key[1]} in {url}")
+                        parts = {}
+                    key = path.parent, stem
+                    parts[kind.lower()] = tar.extractfile(member).read()
+        except tarfile.ReadError as error:
+            parts = {}  # the current sample is cut off
+            yield BadSample("damaged shard", f"{url}: {error}")
+        if parts:
+            yield self.sample(parts, f"{key[1]} in {url}")
+
+    def sample(self, parts: dict[str, bytes], where: str) -> Raw | BadSample:
+        image = next((parts[kind[1:]] for kind in IMAGE_TYPES if kind[1:] in parts), None)
+        if image is None or ("txt" not in parts and "cls" not in parts):
+            missing = "missing image" if image is None else "missing caption"
+            return BadSample(missing, f"{where} has only {', '.join(sorted(parts))}")
+        label = parts["cls"].decode("utf-8", "replace").strip() if "cls" in parts else None
+        try:
+            targets = self.classes.number(label) if self.attributes else ()
+        except UserError as error:
+            return BadSample("unknown label", f"{where}: {error}")
+        return Raw(image, parts.get("txt"), targets)
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """The captions of the first `limit` samples without the bad ones."""
+        samples = (sample for url in self.urls for sample in self.read(url))
+        for sample in itertools.islice(samples, limit):
+            with contextlib.suppress(BadSample):
+                yield read_caption(getattr(sample, "caption", None))
+
+    def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
+        """The samples at the positions reader, reader + readers, ... of the endless stream.
+
+        The samples are dealt to L lanes; position p holds the next good sample of lane p mod L. A
+        lane does not depend on who reads it, so any number of readers that divides L sees the same
+        stream.
+
+        Yields: (Sample or BadSample, (lane, (pass, group, offset) from where the lane goes on)).
+        """
+        mine = range(reader, start.lanes, readers)
+        lanes = {lane: self.lane(prepare, seed, lane, start) for lane in mine}
+        for p in itertools.count(start.samples + (reader - start.samples) % readers, readers):
+            lane, item = p % start.lanes, None
+            while not isinstance(item, Sample):
+                item, place = next(lanes[lane])
+                yield item, (lane, place)
+
+    def lane(self, prepare: Callable, seed: int, lane: int, start: Start):
+        """One lane's endless samples, good and bad, with the place after each of them.
+
+        Each pass deals the shards to the lanes in a new order. With fewer shards than lanes, some
+        lanes share a shard: each of them reads it and keeps every n-th sample.
+        """
+        S, L, fruitless = len(self.urls), start.lanes, 0
+        share, sharers = lane // S, len(range(lane % S, L, S))
+        number, group, offset = start.places.get(lane, (0, 0, 0))
+        while True:
+            order = np.random.default_rng((seed, number)).permutation(S)
+            mine = order[lane % S :: L]
+            groups = [mine[i : i + self.GROUP] for i in range(0, len(mine), self.GROUP)]
+            for group in range(group, len(groups)):  # noqa: B020
+                samples = None  # free the last group before the next one is read
+                samples = [
+                    (int(s), j, raw)
+                    for s in groups[group]
+                    for j, raw in enumerate(self.read(self.urls[s]))
+                    if j % sharers == share
+                ]
+                mixed = np.random.default_rng((seed, number, lane, group)).permutation(len(samples))
+                for offset in range(offset, len(samples)):  # noqa: B020
+                    s, j, raw = samples[mixed[offset]]
+                    fruitless = 0
+                    yield prepare(raw, (number, s, j)), (number, group, offset + 1)
+                offset = 0
+            number, group, fruitless = number + 1, 0, fruitless + 1
+            if fruitless == 10:
+                raise UserError(
+                    f"{S} shards hold too few samples for {L} lanes: lane {lane} found none in ten "
+                    "passes; start with fewer processes, --workers or --lanes"
+                )
+
+    def once(self, reader: int, readers: int, block: int, limit: int | None):
+        """One reader's blocks of one pass: lists of (place, Raw)."""
+        pairs = (
+            ((s, j), raw)
+            for s in range(reader, len(self.urls), readers)
+            for j, raw in enumerate(self.read(self.urls[s]))
+        )
+        pairs = itertools.islice(pairs, limit and -(-limit // readers))
+        while items := list(itertools.islice(pairs, block)):
+            yield items
+
+    def at(self, place: tuple[int, int]) -> Raw | BadSample:
+        """The sample at a place that `once` gave; reads its shard again."""
+        return self.read(self.urls[place[0]])[place[1]]
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """Raises for a header that is broken or cut off, which tarfile takes for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def expand_shards(spec: str) -> list[str]:
+    """The shards that braces {00..99} or {a,b}, a glob, a folder or a remote address stand for."""
+    braces = re.search(r"\{([^{}]*)\}", spec)
+    if braces:
+        first, dots, last = braces[1].partition("..")
+        options = braces[1].split(",")
+        if dots and first.isdecimal() and last.isdecimal():
+            options = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+        before, after = spec[: braces.start()], spec[braces.end() :]
+        return [url for option in options for url in expand_shards(before + option + after)]
+    remote = "://" in spec
+    if not remote and Path(spec).is_dir():
+        spec = str(Path(spec) / "*.tar")
+    if "*" in spec:
+        try:
+            files, path = fsspec.url_to_fs(spec)
+            found = sorted(files.glob(path))
+        except Exception as error:  # each file system of fsspec has its own
+            raise UserError(f"{spec} cannot be listed: {type(error).__name__} {error}") from None
+        urls = [files.unstrip_protocol(name) for name in found] if remote else found
+    else:
+        urls = [spec] if remote or Path(spec).is_file() else []
+    if not urls:
+        raise UserError(f"there is no shard {spec}")
+    return urls
+
+
+def read_class_names(path: str | None) -> list[list[str]] | None:
+    """The file of --class-names: one class a line, its names separated by commas."""
+    if path is None:
+        return None
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--class-names {path} cannot be read: {error}") from None
+    names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
+    if not names or not all(names):
+        raise UserError(f"--class-names {path} must name a class on every line")
+    return names
+
+
+BUILT_IN = ("shapes", "shapes-questions", *Labelled.NAMES)
+
+
+def load_source(
+    spec: str, split: str = "train", root: str = "data", class_names: str | None = None
+) -> Pairs | Shards:
+    """Open what --data names.
+
+    Args:
+        spec: one of BUILT_IN; a folder of images; a .csv, .tsv or .jsonl file; .tar shards as
+            braces, a glob, a folder or a remote address.
+        split: "train" or "val"; only built-in sources have different ones.
+        root: where torchvision keeps its data sets.
+        class_names: a file with the names of the classes, for sources that are not built in.
+    Raises:
+        UserError: if there is no such source, or nothing usable in it.
+    """
+    if spec in ("shapes", "shapes-questions"):
+        return Shapes(split, asks=spec != "shapes")
+    if spec in Labelled.NAMES:
+        return Labelled(spec, split, root)
+    path, names = Path(spec), read_class_names(class_names)
+    if spec.endswith(".tar") or (path.is_dir() and next(path.glob("*.tar"), None)):
+        if path.is_dir() and any(file.suffix.lower() in IMAGE_TYPES for file in path.iterdir()):
+            raise UserError(f"{path} holds both shards and images: give each its own folder")
+        return Shards(spec, names)
+    if path.is_dir():
+        return open_folder(path, names)
+    if path.suffix in (".csv", ".tsv", ".jsonl") and path.is_file():
+        return open_table(path, names)
+    raise UserError(
+        f"no source '{spec}': use {', '.join(BUILT_IN)}, or a folder, a .csv, .tsv or .jsonl "
+        "file or .tar shards that exist"
+    )
