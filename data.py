@@ -1,12 +1,7 @@
 """From samples to batches: images become uint8 tensors, captions become token ids.
 
-In this order: decoding and cropping (`Augment`, `CenterCrop`), one sample (`Prepare`), and batches
-(`TrainStream`, `OnePass`, `batches`). The samples come from `sources.py`, whose names can be
-imported from here, too; captions are encoded in `tokenizer.py`.
-
-Every augmentation is a pure function of the seed and of the position in the stream, never of the
-state of a process. A run can therefore be killed anywhere and continued exactly, and split over
-processes and workers without any change. Only the JPEG, PNG and WebP decoders are used.
+Every augmentation is a pure function of the seed and of the position in the stream, so a run can be
+killed anywhere and continued exactly, and split over any number of processes and workers.
 
 Letters in shapes:  B images,  S image size,  K tokens of a caption,  A attributes with classes.
 """
@@ -16,11 +11,9 @@ import io
 import itertools
 import math
 import signal
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,13 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2 as transforms
 
-from sources import KINDS, BadSample, Raw, Sample, read_caption
-from sources import load_source as load_source  # for users who look for it here
-from tokenizer import UserError, caption_tokens
-from tokenizer import caption_labels as caption_labels
-from tokenizer import load_tokenizer as load_tokenizer
+from sources import KINDS, BadSample, Raw, Sample, load_source, read_caption, read_part  # noqa: F401
+from tokenizer import UserError, caption_labels, caption_tokens, load_tokenizer  # noqa: F401
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` refuses such images
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # such an image is a bad sample
 
 # ------------------------------------------------------------------------------------------------
 # Images become tensors.
@@ -48,24 +38,16 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 def open_image(file: Image.Image | bytes | Path | None) -> Image.Image:
     """Open an image from memory or disk, reading only its header; raises BadSample if it cannot."""
-    if isinstance(file, Image.Image):
-        return file
+    content = read_part(file, "image")
+    if isinstance(content, Image.Image):
+        return content
     try:
-        content = file.read_bytes() if isinstance(file, Path) else file
-    except OSError as error:
-        raise BadSample("missing image", error.strerror) from None
-    if content is None:
-        raise BadSample("missing image")
-    try:
-        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are absurd")
+        return Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
     except Image.UnidentifiedImageError:
-        what = f"{len(content)} bytes that are not JPEG, PNG or WebP" if content else "empty file"
+        what = f"{len(content)} bytes that are not JPEG, PNG or WebP"
         raise BadSample("unreadable image", what) from None
     except Exception as error:  # decoders of untrusted bytes raise almost anything
         raise BadSample("unreadable image", error) from None
-    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -75,7 +57,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -85,19 +66,18 @@ def resized_crop(
     """The part `box` (left, top, right, bottom; pixels) of an image as size x size RGB, bicubic.
 
     A JPEG is decoded at a half, a quarter or an eighth of its resolution if that still leaves
-    `size` pixels across the box, which is several times faster; then it is resized in one step.
+    `size` pixels across the box, which is several times faster. Raises BadSample if it is damaged.
     """
     width, height = image.size
     wanted = min(box[2] - box[0], box[3] - box[1]) / size  # source pixels per output pixel
     if wanted >= 2:
         image.draft(None, (math.ceil(width / wanted), math.ceil(height / wanted)))
     fx, fy = image.width / width, image.height / height
+    box = (box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy)
     try:
-        image = to_rgb(image)
+        return to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
     except Exception as error:  # as in `open_image`
         raise BadSample("unreadable image", error) from None
-    box = (box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 class Augment:
@@ -110,19 +90,20 @@ class Augment:
 
     def __init__(self, size: int, min_scale: float = 0.9, flip=False, color_jitter: float = 0.0):
         self.size, self.scale = size, (min_scale, 1.0)
-        steps = [transforms.RandomHorizontalFlip()] if flip else []
+        self.steps = [transforms.RandomHorizontalFlip()] if flip else []
         if color_jitter:
             strengths = (color_jitter, color_jitter, color_jitter, color_jitter / 4)
-            steps.append(transforms.RandomApply([transforms.ColorJitter(*strengths)], p=0.8))
-            steps.append(transforms.RandomGrayscale(0.2))
-        self.rest = transforms.Compose(steps) if steps else None
+            self.steps.append(transforms.RandomApply([transforms.ColorJitter(*strengths)], p=0.8))
+            self.steps.append(transforms.RandomGrayscale(0.2))
 
     def __call__(self, image: Image.Image) -> Image.Image:
         top, left, height, width = transforms.RandomResizedCrop.get_params(
             image, self.scale, (3 / 4, 4 / 3)
         )
         image = resized_crop(image, (left, top, left + width, top + height), self.size)
-        return self.rest(image) if self.rest else image
+        for step in self.steps:
+            image = step(image)
+        return image
 
 
 class CenterCrop:
@@ -211,21 +192,14 @@ class Batch(NamedTuple):
         return [Batch(*tensors, [], [], {}) for tensors in parts]
 
 
-@dataclass
 class Piece:
-    """What a worker adds to a batch."""
+    """A worker's share of a batch, with one tensor of images, which is quick to send and to pin."""
 
-    images: Tensor
-    samples: list[Sample]  # without their images
-    places: list
-    bad: list[BadSample]
-    lanes: dict[int, tuple[int, int, int]]
-
-    @classmethod
-    def of(cls, samples: list[Sample], places: list, bad: list[BadSample], lanes: dict):
-        none = torch.empty(0, dtype=torch.uint8)
-        images = torch.stack([s.image for s in samples]) if samples else none
-        return cls(images, [s._replace(image=None) for s in samples], places, bad, lanes)
+    def __init__(self, samples: list[Sample], places: list, bad: list[BadSample], lanes: dict):
+        images = [sample.image for sample in samples]
+        self.images = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+        self.samples = [sample._replace(image=None) for sample in samples]
+        self.places, self.bad, self.lanes = places, bad, lanes
 
     def pin_memory(self):
         self.images = self.images.pin_memory()
@@ -235,11 +209,10 @@ class Piece:
 class TrainStream(IterableDataset):
     """One worker's pieces of the micro-batches of one process, endlessly.
 
-    Position q of a process is position q x world + rank of the run. Micro-batch t holds a process's
-    positions from t x micro_batch on; worker w of W contributes those with q mod W = w. So the
-    samples of a micro-batch do not depend on the number of workers, nor those of a global batch on
-    the number of processes. A UserError is yielded: raised here, it would reach the user as a
-    worker's traceback.
+    Position q of a process is position q x world + rank of the run. Worker w of W contributes the
+    positions with q mod W = w to each micro-batch. So the samples of a micro-batch do not depend on
+    the number of workers, nor those of a global batch on the number of processes. A UserError is
+    yielded: raised here, it would reach the user as a worker's traceback.
     """
 
     def __init__(self, source, prepare, seed: int, micro_batch: int, rank: int, world: int, start):
@@ -261,7 +234,7 @@ class TrainStream(IterableDataset):
                     if in_a_row == 1000:
                         found = "; ".join({s.kind: str(s) for s in bad[-1000:]}.values())
                         raise UserError(f"not one of 1000 samples in a row can be used: {found}")
-                yield Piece.of(good, mine, bad, lanes)
+                yield Piece(good, mine, bad, lanes)
         except UserError as error:
             yield error
 
@@ -279,7 +252,7 @@ class OnePass(IterableDataset):
                 items = [(place, prepare(raw)) for place, raw in pairs]
                 good = {place: item for place, item in items if isinstance(item, Sample)}
                 bad = [item for _, item in items if isinstance(item, BadSample)]
-                yield Piece.of(list(good.values()), list(good), bad, {})
+                yield Piece(list(good.values()), list(good), bad, {})
         except UserError as error:
             yield error
 
@@ -300,14 +273,15 @@ def batches(
         worker_init_fn=init_worker,
     )
     pieces = iter(loader)
-    if workers and threading.current_thread() is threading.main_thread():
+    if workers:
         # torch's handler would raise wherever the main thread is when a worker dies. Without it the
         # next batch raises, within five seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         while some := list(itertools.islice(pieces, micro_batches * max(1, workers) or 1)):
-            for error in (piece for piece in some if isinstance(piece, UserError)):
-                raise error
+            for piece in some:
+                if isinstance(piece, UserError):
+                    raise piece
             yield join(some, device)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):

@@ -416,7 +416,7 @@ def show_search(args: argparse.Namespace) -> dict[str, list]:
     hits = sorted({places[i] for i in best.indices.flatten().tolist()})
     if isinstance(source, sources.Shards):  # read a shard with several hits only once
         source.read = functools.lru_cache(maxsize=1)(source.read)
-    raws = {place: source.at(place) for place in hits}
+    raws = {place: source.raw(place) for place in hits}
     pictures = {place: Prepare(CenterCrop(TILE))(raw) for place, raw in raws.items()}
     for q, text in enumerate(args.text):
         chosen = zip(best.indices[:, q].tolist(), best.values[:, q].exp().tolist(), strict=True)

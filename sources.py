@@ -1,11 +1,8 @@
 """Sources: what `--data` names, as samples with an image, a caption and classes.
 
-`load_source` opens a built-in source, a folder, a table or tar shards. Each source gives an endless
-training stream (`stream`), whose order is a pure function of the seed and the position, and single
-passes for evaluation (`once`). `data.py` turns its samples into tensors.
-
-Nothing in the data is trusted: archives are read and never extracted, and a sample that cannot be
-used becomes a `BadSample`, counted and reported.
+`load_source` opens a built-in source, a folder, a table or tar shards. `data.py` turns the samples
+into tensors. Nothing in the data is trusted: archives are read and never extracted, and a sample
+that cannot be used becomes a `BadSample`, counted and reported.
 """
 
 import contextlib
@@ -16,7 +13,7 @@ import re
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -47,7 +44,7 @@ class BadSample(Exception):
 
     def __init__(self, kind: str, detail: object = ""):
         super().__init__(kind, str(detail))
-        self.kind, self.detail = kind, str(detail)
+        self.kind, self.detail = self.args
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
@@ -71,27 +68,33 @@ class Sample(NamedTuple):
     targets: tuple[int, ...]
 
 
+def read_part(part, what: str):
+    """The image or caption of a Raw, its file's bytes for a Path; raises BadSample if missing."""
+    try:
+        part = part.read_bytes() if isinstance(part, Path) else part
+    except OSError as error:
+        raise BadSample(f"missing {what}", error.strerror) from None
+    if part is None:
+        raise BadSample(f"missing {what}")
+    return part
+
+
 def read_caption(caption: str | bytes | Path | None) -> str:
     """The text of a caption; raises BadSample if there is none."""
+    caption = read_part(caption, "caption")
     try:
-        if isinstance(caption, Path):
-            caption = caption.read_bytes()
         if isinstance(caption, bytes):
             caption = caption.decode("utf-8")
-        if caption is None:
-            raise BadSample("missing caption")
-        caption.encode("utf-8")  # tables are read with surrogates in place of bad bytes
+        caption.encode("utf-8")  # a table's text has surrogates in place of bad bytes
     except UnicodeError:
         raise BadSample("unusable caption", "not UTF-8") from None
-    except OSError as error:
-        raise BadSample("missing caption", error.strerror) from None
     if not caption.strip():
         raise BadSample("unusable caption", "empty")
     return caption
 
 
 # ------------------------------------------------------------------------------------------------
-# Sources. Each has `.attributes`, what can be evaluated: {attribute: [names of each class]}.
+# Sources.
 
 
 class Start(NamedTuple):
@@ -102,34 +105,44 @@ class Start(NamedTuple):
     places: dict[int, tuple[int, int, int]] = {}  # shards only: lane -> (pass, group, offset)
 
 
-class Pairs:
-    """A source of known length. Subclasses give `__len__` and `raw(i)`, a Raw or a BadSample."""
+class Source:
+    """Samples for training and evaluation. `attributes` is {attribute: [names of each class]}.
+
+    Each kind of source defines:
+        stream: the samples, good and bad, at the positions reader, reader + readers, ... of an
+            endless stream, whose order depends only on the seed. Yields (Sample or BadSample,
+            None), or for shards (..., (lane, (pass, group, offset) from where the lane goes on)).
+        once: one reader's blocks of a single pass, as lists of (place, Raw or BadSample).
+        raw: the sample at a place.
+    """
 
     attributes: dict[str, list[list[str]]] = {}
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """The captions of the first `limit` samples without the bad ones, to learn a tokenizer."""
+        samples = itertools.chain.from_iterable(self.once(0, 1, 1, None))
+        for _, raw in itertools.islice(samples, limit):
+            with contextlib.suppress(BadSample):
+                yield read_caption(getattr(raw, "caption", None))
+
+
+class Pairs(Source):
+    """A source of known length. Subclasses give `__len__` and `raw(i)`, a Raw or a BadSample."""
 
     def __str__(self) -> str:
         return f"{len(self):,} pairs"
 
-    def captions(self, limit: int) -> Iterator[str]:
-        """The captions of the first `limit` samples without the bad ones, to learn a tokenizer."""
-        for i in range(min(limit, len(self))):
-            with contextlib.suppress(BadSample):
-                yield read_caption(getattr(self.raw(i), "caption", None))
-
     def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
-        """The samples at the positions reader, reader + readers, ... of the endless stream.
+        """Position p holds sample p mod N of pass p div N; each pass has its own order.
 
-        Position p holds sample p mod N of pass p div N; each pass has its own order. A bad sample
-        is followed by another for the same position, drawn from the seed and p.
-
-        Yields: (Sample or BadSample, None).
+        A bad sample is followed by another for the same position, drawn from the seed and p.
         """
-        N, current, order = len(self), -1, None
+        N, current = len(self), -1
         for p in itertools.count(start.samples + (reader - start.samples) % readers, readers):
             if p // N != current:
                 current = p // N
                 order = np.random.default_rng((seed, current)).permutation(N)
-            i, item = int(order[p % N]), None
+            i = int(order[p % N])
             for attempt in itertools.count(1):
                 item = prepare(self.raw(i), (p, attempt))
                 yield item, None
@@ -138,18 +151,11 @@ class Pairs:
                 i = int(np.random.default_rng((seed, p, attempt)).integers(N))
 
     def once(self, reader: int, readers: int, block: int, limit: int | None):
-        """One reader's blocks of one pass: lists of (place, Raw). The readers take turns.
-
-        A limit takes evenly spaced samples: the first ones of a folder may all be of one class.
-        """
+        """Readers take turns. A limit takes evenly spaced samples: of all classes, if sorted."""
         n = min(limit or len(self), len(self))
         for first in range(reader * block, n, readers * block):
             chosen = (j * len(self) // n for j in range(first, min(first + block, n)))
-            yield [((i, 0), self.raw(i)) for i in chosen]
-
-    def at(self, place: tuple[int, int]) -> Raw | BadSample:
-        """The sample at a place that `once` gave."""
-        return self.raw(place[0])
+            yield [(i, self.raw(i)) for i in chosen]
 
 
 class Shapes(Pairs):
@@ -194,19 +200,15 @@ class Labelled(Pairs):
     def __init__(self, spec: str, split: str, root: str):
         make = getattr(torchvision.datasets, self.NAMES[spec])
         try:
-            try:
-                self.set = make(root, train=split == "train", download=False)
-            except RuntimeError:  # it is not there yet
-                self.set = make(root, train=split == "train", download=True)
+            self.set = make(root, train=split == "train", download=True)  # unless it is there
         except (RuntimeError, OSError) as error:
             folder = Path(root) / (getattr(make, "base_folder", None) or f"{make.__name__}/raw")
             raise UserError(
-                f"{spec} is not complete in {folder} and could not be downloaded ({error}): copy "
-                "its files there as torchvision expects them, name another folder with "
-                "--data-root, or use --data shapes, which needs no files"
+                f"{spec} could not be downloaded ({error}): copy torchvision's files to {folder}, "
+                "or name another folder with --data-root"
             ) from None
-        self.names = [name.lower().replace("_", " ").split("/") for name in self.set.classes]
-        self.attributes = {"class": self.names}
+        names = [name.lower().replace("_", " ").split("/") for name in self.set.classes]
+        self.attributes = {"class": names}
 
     def __len__(self) -> int:
         return len(self.set)
@@ -214,44 +216,31 @@ class Labelled(Pairs):
     def raw(self, i: int) -> Raw:
         image, target = self.set[i]
         rng = np.random.default_rng(i)
-        return Raw(image, pick(rng, TEMPLATES).format(pick(rng, self.names[target])), (target,))
+        template, name = pick(rng, TEMPLATES), pick(rng, self.attributes["class"][target])
+        return Raw(image, template.format(name), (target,))
 
 
-class Classes:
-    """The classes of a user's data: the number of each label, and the names of each class.
-
-    Without --class-names every label found is a class. With it, labels are its names or its line
-    numbers from 0. Folder names may have underscores for blanks.
-    """
-
-    def __init__(self, found: Iterable[str], names: list[list[str]] | None):
-        found = sorted(set(found))
-        self.names = names or [[label.replace("_", " ")] for label in found]
-        self.numbers = {label: c for c, label in enumerate(found)}
-        if names:
-            self.numbers = {str(c): c for c in range(len(names))}
-            self.numbers |= {name: c for c, aliases in enumerate(names) for name in aliases}
-        for label in found:
-            self.number(label)
-
-    def number(self, label: str | None) -> tuple[int]:
-        """The class of a label, -1 for none; raises UserError for an unknown label."""
-        if label is None:
-            return (-1,)
-        number = self.numbers.get(label, self.numbers.get(label.replace("_", " ")))
-        if number is None:
-            raise UserError(f"label '{label}' is not one of the {len(self.names)} of --class-names")
-        return (number,)
+def number_classes(names: list[list[str]]) -> dict[str | None, int]:
+    """The class of each label: its names, and its number from 0; -1 without a label."""
+    numbers = {None: -1} | {str(c): c for c in range(len(names))}
+    for c, aliases in enumerate(names):
+        numbers |= {name.replace("_", " "): c for name in aliases}
+    return numbers
 
 
 class Files(Pairs):
-    """Images on disk. A row is (image path, caption or its path, label, question) or None."""
+    """Images on disk. A row is (image path, caption or its path, label, question) or None.
+
+    Without `names` every label is a class.
+    """
 
     def __init__(self, rows: list[tuple | None], names: list[list[str]] | None):
-        self.rows = rows
-        labels = {row[2] for row in rows if row and row[2] is not None}
-        self.classes = Classes(labels, names)
-        self.attributes = {"class": self.classes.names} if labels else {}
+        labels = {row[2] for row in rows if row} - {None}
+        names = names or [[label] for label in sorted(labels)]
+        self.rows, self.numbers = rows, number_classes(names)
+        self.attributes = {"class": names} if labels else {}
+        for label in labels - self.numbers.keys():
+            raise UserError(f"label '{label}' is not one of the {len(names)} of --class-names")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -260,7 +249,7 @@ class Files(Pairs):
         if self.rows[i] is None:
             return BadSample("unreadable row", f"number {i + 1}")
         image, caption, label, question = self.rows[i]
-        targets = self.classes.number(label) if self.attributes else ()
+        targets = (self.numbers[label],) if self.attributes else ()
         return Raw(image, caption, targets, question)
 
 
@@ -275,11 +264,10 @@ def open_folder(root: Path, names: list[list[str]] | None) -> Files:
         raise UserError(f"{root} holds no image ({', '.join(IMAGE_TYPES)}); found: {found}")
     rows = []
     for path in images:
-        label = path.parent.name if path.parent != root else None
+        label = path.parent.name.replace("_", " ") if path.parent != root else None
         rows.append((path, texts.get(path.with_suffix("")), label, None))
-    for stem in sorted(texts.keys() - {path.with_suffix("") for path in images}):
-        rows.append((None, texts[stem], None, None))
-    return Files(rows, names)
+    alone = sorted(texts.keys() - {path.with_suffix("") for path in images})
+    return Files(rows + [(None, texts[stem], None, None) for stem in alone], names)
 
 
 def open_table(path: Path, names: list[list[str]] | None) -> Files:
@@ -287,16 +275,13 @@ def open_table(path: Path, names: list[list[str]] | None) -> Files:
     rows, columns = [], []
     # surrogateescape carries bad bytes to `read_caption`, which reports their row.
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-        json_lines = path.suffix == ".jsonl"
-        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        records = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:
-            columns = [] if json_lines else list(reader.fieldnames or ())
-            for record in map(parse_json, lines) if json_lines else reader:
-                columns = columns or list(record or ())
-                record = record or {}
+            for record in map(parse_json, lines) if path.suffix == ".jsonl" else records:
+                columns = columns or list(record)
                 file, text = record.get("filepath"), record.get("caption", record.get("title"))
                 label, question = record.get("label"), record.get("question")
-                label = None if label in (None, "") else str(label)
+                label = None if label in (None, "") else str(label).replace("_", " ")
                 rows.append((path.parent / file, text, label, question) if file else None)
         except csv.Error as error:
             raise UserError(f"{path} is not a table: row {len(rows) + 2}: {error}") from None
@@ -306,51 +291,47 @@ def open_table(path: Path, names: list[list[str]] | None) -> Files:
     return Files(rows, names)
 
 
-def parse_json(line: str) -> dict | None:
-    """One JSON object whose path, caption and question are text, or None."""
-    try:
+def parse_json(line: str) -> dict:
+    """One JSON object whose path, caption and question are text; an empty one if there is none."""
+    with contextlib.suppress(ValueError, AttributeError):
         record = json.loads(line)
         texts = [record.get(key) for key in ("filepath", "caption", "title", "question")]
-    except (ValueError, AttributeError):
-        return None
-    return record if all(isinstance(text, str | None) for text in texts) else None
+        if all(isinstance(text, str | None) for text in texts):
+            return record
+    return {}
 
 
-class Shards:
+class Shards(Source):
     """Webdataset shards: tar files in which KEY.jpg (png, webp), KEY.txt and KEY.cls lie together.
 
     Members are read as a stream and never extracted. Remote addresses go through fsspec.
     """
 
     GROUP = 2  # shards that a lane holds in memory at a time, compressed, to mix their samples
-    TRIES = 5
+    DELAYS = (0, 1, 2, 4, 8)  # seconds before each try to read a shard
 
     def __init__(self, spec: str, names: list[list[str]] | None):
         self.urls = expand_shards(spec)
-        self.classes = Classes((), names)
+        self.numbers = number_classes(names or [])
         self.attributes = {"class": names} if names else {}
 
     def __str__(self) -> str:
         return f"{len(self.urls):,} shards"
 
     def read(self, url: str) -> list[Raw | BadSample]:
-        """The samples of one shard; raises UserError if it cannot be read in TRIES tries."""
-        for attempt in range(1, self.TRIES + 1):
+        """The samples of one shard; raises UserError if no try succeeds."""
+        for delay in self.DELAYS:
+            time.sleep(delay)
             try:
                 with fsspec.open(url, "rb") as file:
                     return list(self.samples(file, url))
-            except ImportError as error:
-                raise UserError(f"{url} cannot be read without another package: {error}") from None
             except Exception as error:  # each file system of fsspec has its own
-                if isinstance(error, FileNotFoundError) and "://" not in url:
-                    raise UserError(f"there is no shard {url}") from None
                 reason = f"{type(error).__name__} {error.__cause__ or error}"
-                time.sleep(2**attempt / 2 if attempt < self.TRIES else 0)
-        raise UserError(f"shard {url} could not be read in {self.TRIES} tries: {reason}")
+        raise UserError(f"shard {url} could not be read in {len(self.DELAYS)} tries: {reason}")
 
     def samples(self, file: BinaryIO, url: str) -> Iterator[Raw | BadSample]:
-        """Group the members of a tar file by their key: their name up to its first dot."""
-        key, parts = None, {}
+        """The samples of a tar file: its members grouped by their name up to its first dot."""
+        last, parts = None, {}
         try:
             with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
                 for member in tar:
@@ -359,47 +340,37 @@ class Shards:
                         yield BadSample("damaged shard", f"{url}: {path} is not a plain file")
                         continue
                     stem, _, kind = path.name.partition(".")
-                    if (path.parent, stem) != key and parts:
-                        yield self.sample(parts, f"{key[1]} in {url}")
+                    key = path.parent / stem
+                    if parts and key != last:
+                        yield self.sample(parts, f"{last} in {url}")
                         parts = {}
-                    key = path.parent, stem
-                    parts[kind.lower()] = tar.extractfile(member).read()
+                    last, parts[kind.lower()] = key, tar.extractfile(member).read()
         except tarfile.ReadError as error:
             parts = {}  # the current sample is cut off
             yield BadSample("damaged shard", f"{url}: {error}")
         if parts:
-            yield self.sample(parts, f"{key[1]} in {url}")
+            yield self.sample(parts, f"{last} in {url}")
 
     def sample(self, parts: dict[str, bytes], where: str) -> Raw | BadSample:
         image = next((parts[kind[1:]] for kind in IMAGE_TYPES if kind[1:] in parts), None)
-        if image is None or ("txt" not in parts and "cls" not in parts):
+        if image is None or not {"txt", "cls"} & parts.keys():
             missing = "missing image" if image is None else "missing caption"
             return BadSample(missing, f"{where} has only {', '.join(sorted(parts))}")
+        if not self.attributes:
+            return Raw(image, parts.get("txt"))
         label = parts["cls"].decode("utf-8", "replace").strip() if "cls" in parts else None
-        try:
-            targets = self.classes.number(label) if self.attributes else ()
-        except UserError as error:
-            return BadSample("unknown label", f"{where}: {error}")
-        return Raw(image, parts.get("txt"), targets)
-
-    def captions(self, limit: int) -> Iterator[str]:
-        """The captions of the first `limit` samples without the bad ones."""
-        samples = (sample for url in self.urls for sample in self.read(url))
-        for sample in itertools.islice(samples, limit):
-            with contextlib.suppress(BadSample):
-                yield read_caption(getattr(sample, "caption", None))
+        number = self.numbers.get(label and label.replace("_", " "))
+        if number is None:
+            return BadSample("unknown label", f"{where}: '{label}' is not one of --class-names")
+        return Raw(image, parts.get("txt"), (number,))
 
     def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
-        """The samples at the positions reader, reader + readers, ... of the endless stream.
+        """The samples are dealt to L lanes; position p holds the next good one of lane p mod L.
 
-        The samples are dealt to L lanes; position p holds the next good sample of lane p mod L. A
-        lane does not depend on who reads it, so any number of readers that divides L sees the same
-        stream.
-
-        Yields: (Sample or BadSample, (lane, (pass, group, offset) from where the lane goes on)).
+        A lane does not depend on who reads it, so any number of readers that divides L sees the
+        same stream.
         """
-        mine = range(reader, start.lanes, readers)
-        lanes = {lane: self.lane(prepare, seed, lane, start) for lane in mine}
+        lanes = [self.lane(prepare, seed, lane, start) for lane in range(start.lanes)]
         for p in itertools.count(start.samples + (reader - start.samples) % readers, readers):
             lane, item = p % start.lanes, None
             while not isinstance(item, Sample):
@@ -412,36 +383,37 @@ class Shards:
         Each pass deals the shards to the lanes in a new order. With fewer shards than lanes, some
         lanes share a shard: each of them reads it and keeps every n-th sample.
         """
-        S, L, fruitless = len(self.urls), start.lanes, 0
+        S, L = len(self.urls), start.lanes
         share, sharers = lane // S, len(range(lane % S, L, S))
-        number, group, offset = start.places.get(lane, (0, 0, 0))
-        while True:
-            order = np.random.default_rng((seed, number)).permutation(S)
-            mine = order[lane % S :: L]
-            groups = [mine[i : i + self.GROUP] for i in range(0, len(mine), self.GROUP)]
-            for group in range(group, len(groups)):  # noqa: B020
-                samples = None  # free the last group before the next one is read
-                samples = [
-                    (int(s), j, raw)
-                    for s in groups[group]
-                    for j, raw in enumerate(self.read(self.urls[s]))
-                    if j % sharers == share
-                ]
-                mixed = np.random.default_rng((seed, number, lane, group)).permutation(len(samples))
-                for offset in range(offset, len(samples)):  # noqa: B020
-                    s, j, raw = samples[mixed[offset]]
-                    fruitless = 0
-                    yield prepare(raw, (number, s, j)), (number, group, offset + 1)
-                offset = 0
-            number, group, fruitless = number + 1, 0, fruitless + 1
-            if fruitless == 10:
+        first = start.places.get(lane, (0, 0, 0))
+        fruitful = first[0]  # the last pass with a sample
+        for number in itertools.count(first[0]):
+            if number == fruitful + 10:
                 raise UserError(
                     f"{S} shards hold too few samples for {L} lanes: lane {lane} found none in ten "
                     "passes; start with fewer processes, --workers or --lanes"
                 )
+            mine = np.random.default_rng((seed, number)).permutation(S)[lane % S :: L].tolist()
+            groups = [mine[i : i + self.GROUP] for i in range(0, len(mine), self.GROUP)]
+            for group, numbers in enumerate(groups):
+                if (number, group) < first[:2]:
+                    continue
+                samples = None  # free the last group before the next one is read
+                samples = [
+                    (s, j, raw)
+                    for s in numbers
+                    for j, raw in enumerate(self.read(self.urls[s]))
+                    if j % sharers == share
+                ]
+                mixed = np.random.default_rng((seed, number, lane, group)).permutation(len(samples))
+                for offset, i in enumerate(mixed):
+                    if (number, group, offset) >= first:
+                        s, j, raw = samples[i]
+                        fruitful = number
+                        yield prepare(raw, (number, s, j)), (number, group, offset + 1)
 
     def once(self, reader: int, readers: int, block: int, limit: int | None):
-        """One reader's blocks of one pass: lists of (place, Raw)."""
+        """Reader r has shards r, r + readers, ... and its share of the limit."""
         pairs = (
             ((s, j), raw)
             for s in range(reader, len(self.urls), readers)
@@ -451,8 +423,8 @@ class Shards:
         while items := list(itertools.islice(pairs, block)):
             yield items
 
-    def at(self, place: tuple[int, int]) -> Raw | BadSample:
-        """The sample at a place that `once` gave; reads its shard again."""
+    def raw(self, place: tuple[int, int]) -> Raw | BadSample:
+        """The sample at a place; reads its shard again."""
         return self.read(self.urls[place[0]])[place[1]]
 
 
@@ -477,27 +449,20 @@ def expand_shards(spec: str) -> list[str]:
             options = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
         before, after = spec[: braces.start()], spec[braces.end() :]
         return [url for option in options for url in expand_shards(before + option + after)]
-    remote = "://" in spec
-    if not remote and Path(spec).is_dir():
-        spec = str(Path(spec) / "*.tar")
-    if "*" in spec:
-        try:
-            files, path = fsspec.url_to_fs(spec)
-            found = sorted(files.glob(path))
-        except Exception as error:  # each file system of fsspec has its own
-            raise UserError(f"{spec} cannot be listed: {type(error).__name__} {error}") from None
-        urls = [files.unstrip_protocol(name) for name in found] if remote else found
-    else:
-        urls = [spec] if remote or Path(spec).is_file() else []
+    if Path(spec).is_file() or ("://" in spec and "*" not in spec):
+        return [spec]
+    try:
+        files, path = fsspec.url_to_fs(f"{spec}/*.tar" if Path(spec).is_dir() else spec)
+        urls = [files.unstrip_protocol(name) for name in sorted(files.glob(path))]
+    except Exception as error:  # each file system of fsspec has its own
+        raise UserError(f"{spec} cannot be listed: {type(error).__name__} {error}") from None
     if not urls:
         raise UserError(f"there is no shard {spec}")
     return urls
 
 
-def read_class_names(path: str | None) -> list[list[str]] | None:
+def read_class_names(path: str) -> list[list[str]]:
     """The file of --class-names: one class a line, its names separated by commas."""
-    if path is None:
-        return None
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:
@@ -517,19 +482,18 @@ def load_source(
     """Open what --data names.
 
     Args:
-        spec: one of BUILT_IN; a folder of images; a .csv, .tsv or .jsonl file; .tar shards as
-            braces, a glob, a folder or a remote address.
+        spec: one of BUILT_IN, a folder of images, a .csv, .tsv or .jsonl file, or .tar shards.
         split: "train" or "val"; only built-in sources have different ones.
         root: where torchvision keeps its data sets.
         class_names: a file with the names of the classes, for sources that are not built in.
     Raises:
-        UserError: if there is no such source, or nothing usable in it.
+        UserError: if there is no such source, or it holds nothing of its kind.
     """
     if spec in ("shapes", "shapes-questions"):
         return Shapes(split, asks=spec != "shapes")
     if spec in Labelled.NAMES:
         return Labelled(spec, split, root)
-    path, names = Path(spec), read_class_names(class_names)
+    path, names = Path(spec), read_class_names(class_names) if class_names else None
     if spec.endswith(".tar") or (path.is_dir() and next(path.glob("*.tar"), None)):
         if path.is_dir() and any(file.suffix.lower() in IMAGE_TYPES for file in path.iterdir()):
             raise UserError(f"{path} holds both shards and images: give each its own folder")

@@ -76,8 +76,8 @@ def test_bad_images_are_told_apart(tmp_path):
     gif = encoded(picture(0), "GIF", save_all=True, append_images=[picture(1)])
     (tmp_path / "empty.jpg").touch()
     cases = [
-        ("unreadable image", "empty file", b""),
-        ("unreadable image", "empty file", tmp_path / "empty.jpg"),
+        ("unreadable image", "0 bytes that are not JPEG", b""),
+        ("unreadable image", "empty.jpg 0 bytes", tmp_path / "empty.jpg"),
         ("unreadable image", "10 bytes that are not JPEG, PNG or WebP", b"plain text"),
         ("unreadable image", "are not JPEG, PNG or WebP", gif),
         ("unreadable image", "truncated", good[: len(good) // 2]),
@@ -421,7 +421,7 @@ def test_a_place_of_one_pass_leads_back_to_the_sample():
     source, prepare = Numbers(), Prepare(CenterCrop(8))
     batch = next(batches(OnePass(source, prepare, 5, limit=5), 0, CPU))
     for place, image in zip(batch.places, batch.images, strict=True):
-        assert torch.equal(prepare(source.at(place)).image, image)
+        assert torch.equal(prepare(source.raw(place)).image, image)
 
 
 def test_a_stream_without_a_good_sample_ends_with_a_sentence():

@@ -292,7 +292,7 @@ def test_a_place_of_one_pass_leads_back_to_the_sample(shards):
     source, prepare = load_source(str(shards)), Prepare(CenterCrop(8))
     for batch in batches(OnePass(source, prepare, 25, limit=25), 0, CPU):
         for place, image in zip(batch.places[::12], batch.images[::12], strict=True):
-            assert torch.equal(prepare(source.at(place)).image, image)
+            assert torch.equal(prepare(source.raw(place)).image, image)
 
 
 # ------------------------------------------------------------------------------------------------
