@@ -19,61 +19,59 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import run as runs
 from baselines import CLIP
 from caption import generate
 from data import CenterCrop, OnePass, Prepare, batches, describe, normalize, pad, refuse_if_bad
-from run import (
-    MAY_CHANGE,
-    Run,
-    UserError,
-    append_jsonl,
-    load_run,
-    number,
-    open_sources,
-    own_rows,
-    pick_device,
-    publish,
-    read_config,
-    read_jsonl,
-)
-from superclass import IDF, SuperClass
+from run import Run, UserError, number
+from superclass import IDF
 from tokenizer import caption_labels, caption_tokens
 
 # ------------------------------------------------------------------------------------------------
-# Features.
+# Features, and what is measured on them.
+
+BATCH = 256  # images at a time
+
+
+def good_batches(run: Run, source, size, limit=None, workers=2, captioned=False) -> Iterator:
+    """Batches of `size` of a source's images, resized and centre-cropped, `limit` images at most.
+
+    Bad samples are skipped; more than a tenth of them, or no image at all, raise UserError.
+    """
+    prepare = Prepare(CenterCrop(run.config.image_size), run.tokenizer if captioned else None)
+    good, skipped = 0, Counter()
+    run.model.eval()
+    for batch in batches(OnePass(source, prepare, size, limit), workers, run.idf.df.device):
+        good += len(batch.images)
+        skipped.update(bad.kind for bad in batch.bad)
+        if len(batch.images):
+            yield batch
+    refuse_if_bad(good, skipped)
+    if not good:
+        raise UserError("there is no image to evaluate")
+    if skipped:
+        print(f"skipped {describe(skipped)}, of {source}", file=sys.stderr)
 
 
 @torch.inference_mode()
 def extract(run: Run, source, limit: int | None = None, workers: int = 2, captioned: bool = False):
     """Features [N, D] (float32, on the CPU), targets [N, A] and N lists of token ids of a source.
 
-    Images are resized and centre-cropped; a limit takes so many at most. Bad samples are skipped;
-    more than a tenth of them raise UserError. Unless `captioned`, the lists are empty.
+    Unless `captioned`, the lists are empty. Raises UserError as `good_batches` does.
     """
-    training, features, targets, tokens, skipped = run.model.training, [], [], [], Counter()
-    run.model.eval()
-    tokenizer = run.tokenizer if captioned else None
-    prepare = Prepare(CenterCrop(run.config.image_size), tokenizer)
-    for batch in batches(OnePass(source, prepare, BATCH, limit), workers, run.idf.df.device):
-        skipped.update(bad.kind for bad in batch.bad)
-        if len(batch.images):
-            features.append(run.model.features(normalize(batch.images)).float().cpu())
-            targets.append(batch.targets.cpu())
-            tokens += [row[row >= 0].tolist() for row in batch.tokens]
-    run.model.train(training)
-    refuse_if_bad(sum(map(len, targets)), skipped)
-    if not targets:
-        raise UserError("there is no image to evaluate")
-    if skipped:
-        print(f"skipped {describe(skipped)}, of {source}", file=sys.stderr)
+    features, targets, tokens = [], [], []
+    for batch in good_batches(run, source, BATCH, limit, workers, captioned):
+        features.append(run.model.features(normalize(batch.images)).float().cpu())
+        targets.append(batch.targets.cpu())
+        tokens += [row[row >= 0].tolist() for row in batch.tokens]
     features = torch.cat(features)
     if not features.isfinite().all():
         raise UserError("the features are not finite: the run's weights are damaged")
@@ -86,46 +84,22 @@ def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
     return [(x - mean) / std for x in (train, *others)]
 
 
-# ------------------------------------------------------------------------------------------------
-# The measurements.
-
-BATCH = 256  # images at a time
-DRAWS = 3  # of the shots of `fewshot`
-log_softmax = functools.partial(F.log_softmax, dim=1)
-LOG_PROBABILITY = defaultdict(lambda: log_softmax)  # by --loss
-LOG_PROBABILITY |= dict.fromkeys(["bce", "asl", "soft_margin"], F.logsigmoid)
-
-
-def zeroshot(
-    model: SuperClass,
-    idf: IDF,
-    tokenizer,
-    features: Tensor,
-    names: list[list[str]],
-    log_probability: Callable = log_softmax,
-) -> Tensor:
+def zeroshot(run: Run, features: Tensor, names: list[list[str]]) -> Tensor:
     """Scores [N, C] of classes for pooled features [N, D], from the pretraining head alone.
 
     A name scores the IDF-weighted mean of log softmax(x) over its tokens (a caption with that text
     would have the loss -score); a class scores the mean over its names. This is ours: the paper
-    trains a text tower for zero-shot.
-
-    Args:
-        names: the names of each class.
-        log_probability: of logits [n, V]; F.logsigmoid for a head trained with a sigmoid loss.
-    Raises:
-        UserError: if no token of a class's names occurred in training.
+    trains a text tower for zero-shot. UserError if no token of a class occurred in training.
     """
-    owners = [c for c, aliases in enumerate(names) for _ in aliases]
-    bags = token_bags(idf, [caption_labels(name, tokenizer) for ns in names for name in ns])
-    known = bags.sum(dim=1).to_dense().cpu() > 0
-    for c, aliases in enumerate(names):
-        if not any(known[i] for i, owner in enumerate(owners) if owner == c):
-            raise UserError(
-                f"no token of the class name '{aliases[0]}' occurred in training: give other names"
-            )
-    scores = score_bags(model, idf, features, bags, log_probability)
-    return mean_over_names(scores, [c if known[i] else -1 for i, c in enumerate(owners)])
+    sizes = list(map(len, names))
+    bags = token_bags(run.idf, [caption_labels(name, run.tokenizer) for name in chain(*names)])
+    known = (bags.sum(dim=1).to_dense() > 0).split(sizes)
+    for aliases, some in zip(names, known, strict=True):
+        if not some.any():
+            what = f"the class name '{aliases[0]}'"
+            raise UserError(f"no token of {what} occurred in training: give other names")
+    scores = zip(score_bags(run, features, bags).split(sizes, dim=1), known, strict=True)
+    return torch.stack([score[:, some].mean(dim=1) for score, some in scores], dim=1)
 
 
 def token_bags(idf: IDF, labels: list[list[int]]) -> Tensor:
@@ -134,48 +108,38 @@ def token_bags(idf: IDF, labels: list[list[int]]) -> Tensor:
     Tokens that never occurred in training get no weight. A row without any other token is empty.
     """
     weights = torch.ones(len(idf.df)) if idf.n == 0 else idf.weights().cpu() * (idf.df.cpu() > 0)
-    rows = torch.tensor([i for i, row in enumerate(labels) for _ in row], dtype=torch.int64)
-    ids = torch.tensor([token for row in labels for token in row], dtype=torch.int64)
+    ids = torch.tensor(list(chain(*labels)), dtype=torch.int64)
+    rows = torch.arange(len(labels)).repeat_interleave(torch.tensor(list(map(len, labels))))
     sums = torch.zeros(len(labels)).index_add(0, rows, weights[ids])
     values = weights[ids] / sums[rows].clamp(min=1e-30)
     size = (len(labels), len(weights))
     return torch.sparse_coo_tensor(torch.stack([rows, ids]), values, size, check_invariants=True)
 
 
+# Of logits [N, V], by --loss.
+LOG_PROBABILITY = defaultdict(lambda: functools.partial(F.log_softmax, dim=1))
+LOG_PROBABILITY |= dict.fromkeys(["bce", "asl", "soft_margin"], F.logsigmoid)
+
+
 @torch.inference_mode()
-def score_bags(
-    model: SuperClass, idf: IDF, features: Tensor, bags: Tensor, log_p=log_softmax
-) -> Tensor:
+def score_bags(run: Run, features: Tensor, bags: Tensor) -> Tensor:
     """Scores [N, M]: the mean log-probability of each of M `token_bags` for features [N, D]."""
     scores = []
-    for x in features.to(idf.df.device).split(BATCH):
-        x = log_p(model.head(model.norm(x)).float())  # [n, V]
-        scores.append(torch.sparse.mm(bags, x.T.cpu()).T)
+    for x in features.to(run.idf.df.device).split(BATCH):
+        logits = run.model.head(run.model.norm(x)).float()  # [n, V]
+        log_p = LOG_PROBABILITY[run.config.loss](logits)
+        scores.append(torch.sparse.mm(bags, log_p.T.cpu()).T)
     return torch.cat(scores)
 
 
-def mean_over_names(scores: Tensor, owners: list[int]) -> Tensor:
-    """Scores of names [N, M] -> of classes [N, C]; `owners` are the names' classes, -1 for none."""
-    owners = torch.tensor(owners)
-    mean = F.one_hot(owners[owners >= 0]).to(scores.dtype)
-    return scores[:, owners >= 0] @ (mean / mean.sum(dim=0))
-
-
-def zeroshot_by_text(
-    model: CLIP, tokenizer, features: Tensor, names: list[list[str]], prompts: list[str]
-) -> Tensor:
-    """Scores [N, C]: the cosine between an image and each class's mean prompt (section 4, LiT).
-
-    Args:
-        prompts: texts with {} for a name, such as "a photo of a {}".
-    """
-    texts = [
-        prompt.replace("{}", name) for aliases in names for name in aliases for prompt in prompts
-    ]
-    owners = [c for c, aliases in enumerate(names) for _ in range(len(aliases) * len(prompts))]
-    embedded = embed_texts(model, [caption_tokens(text, tokenizer) for text in texts])
-    mean = F.normalize(mean_over_names(embedded.T, owners).T, dim=1)  # [C, E]
-    return embed_images(model, features) @ mean.T
+def zeroshot_by_text(run: Run, features: Tensor, texts: list[list[str]]) -> Tensor:
+    """Scores [N, C]: the cosine of an image and the mean of a class's texts (section 4, LiT)."""
+    classes = []
+    for of_class in texts:
+        tokens = [caption_tokens(text, run.tokenizer) for text in of_class]
+        classes.append(embed_texts(run.model, tokens).mean(dim=0))
+    images = run.model.embed_images(features.to(run.idf.df.device)).cpu()  # [N, E]
+    return images @ F.normalize(torch.stack(classes), dim=1).T
 
 
 @torch.inference_mode()
@@ -183,12 +147,6 @@ def embed_texts(model: CLIP, tokens: list[list[int]]) -> Tensor:
     """Token ids of M texts -> unit vectors [M, E], on the CPU."""
     pieces = (pad(tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH))
     return torch.cat([model.embed_texts(ids.to(model.log_scale.device)).cpu() for ids in pieces])
-
-
-@torch.inference_mode()
-def embed_images(model: CLIP, features: Tensor) -> Tensor:
-    """Pooled features [N, D] -> unit vectors [N, E], on the CPU."""
-    return model.embed_images(features.to(model.log_scale.device)).cpu()
 
 
 def retrieval(scores: Tensor, captions: Tensor, at=(1, 5, 10)) -> dict[str, float]:
@@ -220,16 +178,17 @@ def probe(
     The penalty is the best of five on a held-out tenth of the training set; then all of the set is
     fitted. The problem is convex, so L-BFGS replaces the paper's SGD: no learning rate to tune.
 
-    Returns: scores [N, C] of the validation features, and the penalty.
+    Returns: scores [N, C] of the validation features, and the penalty. UserError below ten images.
     """
+    if len(train) < 10:
+        raise UserError(f"a probe on {len(train)} labelled training images: give ten")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    held, rest = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
+    held, rest = order.tensor_split([len(order) // 10])
     fit, check = standardize(train[rest], train[held])
     best, weight = (-1.0, 0.0), None
     for penalty in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
         weight = regress(fit, labels[rest], classes, penalty, weight)  # from the last solution on
-        accuracy = top1(linear(check, weight), labels[held])
-        best = max(best, (accuracy, penalty))
+        best = max(best, (top1(linear(check, weight), labels[held]), penalty))
     train, val = standardize(train, val)
     return linear(val, regress(train, labels, classes, best[1])), best[1]
 
@@ -288,10 +247,11 @@ def top1(scores: Tensor, labels: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------
 # From a run to rows.
 
-
+DRAWS = 3  # of the shots of `fewshot`
 PROMPTS = ["a {}", "a photo of a {}", "a picture of the {}"]  # for a text tower; the head: names
 
 
+@torch.inference_mode()
 def classify(
     run: Run, task: str, attribute: int, names: list[list[str]], features: Tensor, options: dict
 ) -> Tensor:
@@ -302,20 +262,15 @@ def classify(
     """
     model, prompts = run.model, options.get("prompts")
     if run.config.objective == "supervised":
-        if prompts:
-            raise UserError("a supervised run knows no words, so it takes no --prompt")
         classes = list(run.config.classes.values())
-        if names != classes[attribute]:
-            raise UserError("a supervised run knows only its own classes: give data that has them")
-        with torch.inference_mode():
-            scores = model.head(model.norm(features.to(run.idf.df.device))).float().cpu()
+        if prompts or names != classes[attribute]:
+            raise UserError("a supervised run knows only its own classes, and takes no --prompt")
+        scores = model.head(model.norm(features.to(run.idf.df.device))).float().cpu()
         return scores.split(list(map(len, classes)), dim=1)[attribute]
-    if task == "zeroshot" and isinstance(model, CLIP):
-        return zeroshot_by_text(model, run.tokenizer, features, names, prompts or PROMPTS)
-    if prompts:
-        names = [[prompt.replace("{}", name) for name in ns for prompt in prompts] for ns in names]
-    log_p = LOG_PROBABILITY[run.config.loss]
-    return zeroshot(model, run.idf, run.tokenizer, features, names, log_p)
+    by_text = task == "zeroshot" and isinstance(model, CLIP)
+    prompts = prompts or (PROMPTS if by_text else ["{}"])
+    texts = [[prompt.replace("{}", name) for name in ns for prompt in prompts] for ns in names]
+    return (zeroshot_by_text if by_text else zeroshot)(run, features, texts)
 
 
 def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
@@ -342,38 +297,37 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
     if trains:
         train_features, train_targets, _ = extract(run, train, options.get("limit"), workers)
     rows = []
-    for (a, (attribute, names)), task in product(enumerate(val.attributes.items()), tasks):
+    for a, (attribute, names) in enumerate(val.attributes.items()):
         known = targets[:, a] >= 0  # the images that have a label
         x, y, classes = features[known], targets[known, a], len(names)
         if classes < 2 or not len(y):
             raise UserError(f"{len(y)} images of {classes} classes: nothing to tell apart")
-        if task == tasks[0] and len(y) < len(known):
+        if len(y) < len(known):
             print(f"{len(known) - len(y)} images have no {attribute}", file=sys.stderr)
-        row = {"task": task, "attribute": attribute, "classes": classes, "images": len(y)}
-        if task in ("zeroshot", "head"):
-            rows.append(row | {"top1": top1(classify(run, task, a, names, x, options), y)})
-            continue
-        known = train_targets[:, a] >= 0
-        train_x, train_y = train_features[known], train_targets[known, a]
-        if task == "probe":
-            if len(train_y) < 10:
-                raise UserError(f"a probe on {len(train_y)} labelled training images: give ten")
-            moved = (t.to(run.idf.df.device) for t in (train_x, train_y, x))
-            scores, penalty = probe(*moved, classes)
-            row |= {"top1": top1(scores.cpu(), y), "penalty": penalty, "train": len(train_y)}
-        if task == "fewshot":
-            shots = options.get("shots", 10)
-            few = train_y.bincount(minlength=classes).min()
-            if few < shots and len(tasks) > 1:
-                print(f"no {shots}-shot: a class has {few} training images", file=sys.stderr)
-                continue
-            draws = [fewshot(train_x, train_y, x, classes, shots, seed) for seed in range(DRAWS)]
-            mean, deviation = mean_and_deviation([top1(scores, y) for scores in draws])
-            row |= {"top1": mean, "deviation": deviation, "shots": shots, "draws": DRAWS}
-        rows.append(row)
+        if trains:
+            known = train_targets[:, a] >= 0
+            train_x, train_y = train_features[known], train_targets[known, a]
+        for task in tasks:
+            row = {"task": task, "attribute": attribute, "classes": classes, "images": len(y)}
+            if task == "probe":
+                moved = (t.to(run.idf.df.device) for t in (train_x, train_y, x))
+                scores, penalty = probe(*moved, classes)
+                row |= {"top1": top1(scores.cpu(), y), "penalty": penalty, "train": len(train_y)}
+            elif task == "fewshot":
+                shots = options.get("shots", 10)
+                if len(tasks) > 1 and train_y.bincount(minlength=classes).min() < shots:
+                    print(f"no {shots}-shot: a class has fewer training images", file=sys.stderr)
+                    continue
+                draws = [fewshot(train_x, train_y, x, classes, shots, n) for n in range(DRAWS)]
+                mean, deviation = mean_and_deviation([top1(scores, y) for scores in draws])
+                row |= {"top1": mean, "deviation": deviation, "shots": shots, "draws": DRAWS}
+            else:
+                row |= {"top1": top1(classify(run, task, a, names, x, options), y)}
+            rows.append(row)
     return rows
 
 
+@torch.inference_mode()
 def measure_retrieval(run: Run, val, options: dict) -> dict:
     """The row of `retrieval` among the images of a source and their captions.
 
@@ -382,19 +336,17 @@ def measure_retrieval(run: Run, val, options: dict) -> dict:
     """
     if run.config.objective in ("supervised", "caption"):
         raise UserError(f"retrieval needs a head over words or a text tower: {run.folder} has none")
-    features, _, tokens = extract(run, val, options.get("limit"), options["workers"], True)
-    if not isinstance(run.model, CLIP):
-        tokens = [sorted(set(row)) for row in tokens]
-    texts = sorted(set(map(tuple, tokens)))
-    index = {text: m for m, text in enumerate(texts)}
-    captions = torch.tensor([index[tuple(row)] for row in tokens])
-    if isinstance(run.model, CLIP):
-        scores = embed_images(run.model, features) @ embed_texts(run.model, texts).T
+    by_text = isinstance(run.model, CLIP)
+    features, _, tokens = extract(run, val, options["limit"], options["workers"], captioned=True)
+    texts = [tuple(row if by_text else sorted(set(row))) for row in tokens]
+    index = {text: m for m, text in enumerate(sorted(set(texts)))}
+    if by_text:
+        images = run.model.embed_images(features.to(run.idf.df.device)).cpu()  # [N, E]
+        scores = images @ embed_texts(run.model, list(index)).T
     else:
-        bags, log_p = token_bags(run.idf, texts), LOG_PROBABILITY[run.config.loss]
-        scores = score_bags(run.model, run.idf, features, bags, log_p)
-    row = {"task": "retrieval", "images": len(captions), "captions": len(texts)}
-    return row | retrieval(scores, captions)
+        scores = score_bags(run, features, token_bags(run.idf, list(index)))
+    row = {"task": "retrieval", "images": len(texts), "captions": len(index)}
+    return row | retrieval(scores, torch.tensor([index[text] for text in texts]))
 
 
 def measure_captions(run: Run, val, options: dict) -> dict:
@@ -405,29 +357,20 @@ def measure_captions(run: Run, val, options: dict) -> dict:
     """
     if run.config.objective != "caption":
         raise UserError(f"{run.folder} has no language model: train one with --objective caption")
-    model, decode, texts, skipped = run.model.eval(), run.tokenizer.decode, {}, Counter()
-    prepare = Prepare(CenterCrop(run.config.image_size), run.tokenizer)
-    dataset = OnePass(val, prepare, BATCH // 4, options.get("limit"))  # logits are [B, K, V]
-    for batch in batches(dataset, options["workers"], run.idf.df.device):
-        skipped.update(bad.kind for bad in batch.bad)
-        if not len(batch.images):
-            continue
-        answers = generate(model, normalize(batch.images), batch.questions)
+    decode, found, size = run.tokenizer.decode, {}, BATCH // 4  # logits are [B, K, V]
+    for batch in good_batches(run, val, size, options["limit"], options["workers"], captioned=True):
+        answers = generate(run.model, normalize(batch.images), batch.questions)
         rows = zip(batch.images.cpu(), batch.questions, batch.tokens, answers, strict=True)
         for image, *ids, answer in rows:
             question, reference = (decode(row[row >= 0].tolist()).strip() for row in ids)
             text = {"question": question, "generated": decode(answer).strip(), "references": []}
             key = hash((image.numpy().tobytes(), question))
-            texts.setdefault(key, text)["references"].append(reference)
-    refuse_if_bad(len(texts), skipped)
-    hypotheses = [text["generated"] for text in texts.values()]
-    if not any(hypotheses):
-        raise UserError(f"all {len(texts)} generated texts are empty: train longer")
-    references = [text["references"] for text in texts.values()]
-    publish("".join(json.dumps(t) + "\n" for t in texts.values()), run.folder / "captions.jsonl")
-    exact = [text in some for text, some in zip(hypotheses, references, strict=True)]
-    row = {"task": "caption", "images": len(texts), "cider": cider(hypotheses, references)}
-    return row | {"exact": sum(exact) / len(exact)}
+            found.setdefault(key, text)["references"].append(reference)
+    texts = list(found.values())
+    runs.publish("".join(json.dumps(text) + "\n" for text in texts), run.folder / "captions.jsonl")
+    score = cider([text["generated"] for text in texts], [text["references"] for text in texts])
+    exact = sum(text["generated"] in text["references"] for text in texts) / len(texts)
+    return {"task": "caption", "images": len(texts), "cider": score, "exact": exact}
 
 
 def cider(hypotheses: list[str], references: list[list[str]]) -> float:
@@ -435,13 +378,9 @@ def cider(hypotheses: list[str], references: list[list[str]]) -> float:
 
     Two texts are compared by the cosine of their n-grams' tf-idf vectors, where a repeated n-gram
     counts at most as often as in the reference, and less the more their lengths differ (Vedantam et
-    al., 2015). The score is the mean over n from 1 to 4, the references and the images, times 10.
-    An n-gram that all images have in their references has weight 0, so a single image scores 0.
-    Papers print 100 times this number.
-
-    Args:
-        hypotheses: a caption for each image.
-        references: for each image one caption or more.
+    al., 2015). The score is the mean over n from 1 to 4, the references and the images, times 10;
+    papers print 100 times this number. An n-gram that all images have in their references has
+    weight 0, so a single image scores 0. Each image has one hypothesis and one or more references.
     """
 
     def grams(text: str) -> list[Counter]:
@@ -476,7 +415,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
 def report(rows: list[dict], run: Run) -> str:
     """Append the rows to eval.jsonl and return them as a table."""
     stamped = [{"step": run.step, **row, "time": round(time.time())} for row in rows]
-    append_jsonl(run.folder / "eval.jsonl", stamped)
+    runs.append_jsonl(run.folder / "eval.jsonl", stamped)
     if "attribute" not in rows[0]:  # retrieval, captions
         (row,) = rows
         scores = (f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
@@ -498,36 +437,32 @@ def task_name(row: dict) -> str:
 # ------------------------------------------------------------------------------------------------
 # Several runs.
 
-
 COSTS = ("minutes", "images/s", "peak MB")
 
 
 def table(folders: list[Path]) -> str:
     """A Markdown table of finished runs: a row for each group of `grouped`, mean ± deviation.
 
-    Minutes are those of training without evaluation; peak MB is the process's.
+    A score that some runs of a group lack is left out. Costs, which depend on the machine, are
+    medians: minutes are those of training without evaluation, peak MB is the process's.
     """
     groups = grouped(folders)
-    columns = [column for runs in groups.values() for _, scores in runs for column in scores]
+    columns = [column for group in groups.values() for _, scores in group for column in scores]
     columns = [column for column in dict.fromkeys(columns) if column not in COSTS] + [*COSTS]
     lines = [f"| run | lr | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
-    for name, runs in groups.items():
-        cells = [name, f"{runs[0][0].lr:g}", str(len(runs))]
+    for name, group in groups.items():
+        cells = [name, f"{group[0][0].lr:g}", str(len(group))]
         for column in columns:
-            values = [scores[column] for _, scores in runs if column in scores]
-            if values and len(values) < len(runs):
-                print(f"{name}: only {len(values)} runs have a score for {column}", file=sys.stderr)
-            cells.append(cell(column, values) if len(values) == len(runs) else "")
+            values = [scores[column] for _, scores in group if column in scores]
+            if len(values) < len(group):
+                cells.append("")
+            elif column in COSTS:
+                cells.append(f"{statistics.median(values):.{1 if column == 'minutes' else 0}f}")
+            else:
+                mean, deviation = mean_and_deviation(values)
+                cells.append(f"{mean:.3f}" + (f" ± {deviation:.3f}" if len(values) > 1 else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def cell(column: str, values: list[float]) -> str:
-    """Mean ± deviation; for costs, which depend on the machine, the median."""
-    if column in COSTS:
-        return f"{statistics.median(values):.{1 if column == 'minutes' else 0}f}"
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def grouped(folders: list[Path]) -> dict[str, list[tuple[argparse.Namespace, dict[str, float]]]]:
@@ -541,37 +476,35 @@ def grouped(folders: list[Path]) -> dict[str, list[tuple[argparse.Namespace, dic
         config, scores = finished(folder)
         name = folder.resolve().name.removesuffix(f"-{config.seed}")
         groups.setdefault(name, []).append((config, scores))
-    for name, runs in groups.items():
-        seeds, plain = [config.seed for config, _ in runs], []
-        for config, _ in runs:
+    for name, group in groups.items():
+        flags = []
+        for config, _ in group:
             init = (config.init or "").rstrip("/").removesuffix(f"-{config.seed}")
-            plain.append({**vars(config), "seed": None, "init": init})
-        ignored = {*MAY_CHANGE, "dtype", "lanes"}
-        keys = sorted({key for config in plain for key in config} - ignored)
-        differ = [key for key in keys if any(c.get(key) != plain[0].get(key) for c in plain)]
+            flags.append({**vars(config), "seed": None, "init": init})
+        keys = sorted(set().union(*flags) - {*runs.MAY_CHANGE, "dtype", "lanes"})
+        differ = [key for key in keys if any(own.get(key) != flags[0].get(key) for own in flags)]
         if differ:
             raise UserError(f"the runs '{name}' are not one group: {', '.join(differ)} differ")
-        if len(set(seeds)) < len(seeds):
+        if len({config.seed for config, _ in group}) < len(group):
             raise UserError(f"the runs '{name}' are not several: a seed occurs twice")
     return groups
 
 
 def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
     """A finished run's config and what it measured: its last score for each task, and its costs."""
-    config = read_config(folder)
-    metrics, rows = read_jsonl(folder / "metrics.jsonl"), own_rows(folder)
+    config, metrics = runs.read_config(folder), runs.read_jsonl(folder / "metrics.jsonl")
     steps = math.ceil(config.samples / config.batch_size)
     if not metrics or metrics[-1]["step"] < steps:
         raise UserError(f"{folder} is not finished: continue it with --out {folder} --resume")
-    scores, several = {}, len({row["attribute"] for row in rows if "attribute" in row}) > 1
-    for row in (row for row in rows if row["step"] == steps):
-        task = task_name(row) + (f" {row['attribute']}" if several and "attribute" in row else "")
-        found = {key: value for key, value in row.items() if isinstance(value, float)}
-        scores |= {task: row["top1"]} if "top1" in row else found
-    before = [0, *(line["step"] for line in metrics)]
-    seconds = sum(
-        line["step_s"] * (line["step"] - b) for line, b in zip(metrics, before, strict=False)
-    )
+    rows, scores = [row for row in runs.own_rows(folder) if row["step"] == steps], {}
+    several = len({row["attribute"] for row in rows if "attribute" in row}) > 1
+    for row in rows:
+        if "top1" in row:
+            scores[task_name(row) + (f" {row['attribute']}" if several else "")] = row["top1"]
+        else:  # retrieval, captions
+            scores |= {key: value for key, value in row.items() if isinstance(value, float)}
+    lines = pairwise([{"step": 0}, *metrics])
+    seconds = sum(line["step_s"] * (line["step"] - before["step"]) for before, line in lines)
     scores["minutes"] = seconds / 60
     scores["images/s"] = statistics.median(line["images_per_s"] for line in metrics)
     if metrics[-1]["peak_mb"]:  # unknown on Windows
@@ -607,16 +540,16 @@ def main(argv: list[str] | None = None):
             raise UserError(f"{args.task} takes one run, not {len(args.run)}")
         if any("{}" not in prompt for prompt in args.prompts or ()):
             raise UserError("--prompt needs {} where the class name goes")
-        run = load_run(args.run[0], pick_device(args.device))
+        run = runs.load_run(args.run[0], runs.pick_device(args.device))
         given = {name: getattr(args, name) for name in ("data", "val_data", "class_names")}
-        train, val = open_sources(run.config, args.task in ("probe", "fewshot"), **given)
+        train, val = runs.open_sources(run.config, args.task in ("probe", "fewshot"), **given)
         if val is None:
             raise UserError("there is no validation data: name some with --val-data")
-        options = {name: getattr(args, name) for name in ("limit", "workers", "shots")}
-        rows = measure([args.task], run, train, val, prompts=args.prompts, **options)
-        given |= {"prompts": args.prompts, "limit": args.limit}  # then scores are not the run's own
-        given = {name: value for name, value in given.items() if value}
-        print(report([row | ({"flags": given} if given else {}) for row in rows], run))
+        own = {"prompts": args.prompts, "limit": args.limit}
+        rows = measure([args.task], run, train, val, workers=args.workers, shots=args.shots, **own)
+        given = {name: value for name, value in (given | own).items() if value}
+        marks = {"flags": given} if given else {}  # such scores are not the run's own
+        print(report([row | marks for row in rows], run))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,11 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
-
 from baselines import CLIP, TEXT_SIZES, SuperCLIP, build_encoder, build_text_tower
 from caption import Captioner, LanguageModel
 from sources import BUILT_IN, load_source
@@ -56,8 +51,8 @@ class Run(NamedTuple):
 def load_run(folder: Path, device: torch.device) -> Run:
     """Load a run for evaluation; raises UserError if the folder holds no run or a damaged one."""
     config = read_config(folder)
-    state = read_checkpoint(config)
     try:
+        state = read_checkpoint(config)
         model, idf = build_model(config), IDF(config.vocab_size)
         model.load_state_dict(state["model"])
         idf.load_state_dict(state["idf"])
@@ -67,10 +62,8 @@ def load_run(folder: Path, device: torch.device) -> Run:
     except UserError:
         raise
     except Exception as error:  # files that were changed can contradict each other anywhere
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{folder} is damaged: its files do not fit together ({type(error).__name__}: {reason})"
-        ) from None
+        reason = f"its files do not fit together ({error!r:.300})"
+        raise UserError(f"{folder} is damaged: {reason}") from None
 
 
 def build_model(config: argparse.Namespace) -> SuperClass | CLIP | Captioner:
@@ -112,16 +105,13 @@ def open_sources(config: argparse.Namespace, trains: bool = True, **given) -> tu
 
 
 def read_config(folder: Path) -> argparse.Namespace:
-    """The run's config.json; raises UserError if there is none."""
+    """The run's config.json; raises UserError if there is none or it is damaged."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        return argparse.Namespace(**json.loads((folder / "config.json").read_text()), out=folder)
     except OSError:
         raise UserError(f"{folder} holds no run: there is no config.json in it") from None
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is damaged: it is not a JSON object")
-    return argparse.Namespace(**config, out=folder)
+    except (ValueError, TypeError) as error:  # not JSON, or not an object
+        raise UserError(f"{folder / 'config.json'} is damaged: {error}") from None
 
 
 def fingerprint(config: argparse.Namespace) -> str:
@@ -135,10 +125,8 @@ def read_checkpoint(config: argparse.Namespace) -> dict:
     """The checkpoint of a run; raises UserError if it is missing, damaged, or another run's."""
     state = read_weights(config.out / "checkpoint.pt")
     if state.get("fingerprint") != fingerprint(config):
-        raise UserError(
-            f"{config.out / 'checkpoint.pt'} does not belong to the config.json and "
-            "tokenizer.tiktoken beside it: it is another run's"
-        )
+        path = config.out / "checkpoint.pt"
+        raise UserError(f"{path} does not belong to the config.json and the tokenizer beside it")
     return state
 
 
@@ -149,7 +137,7 @@ def read_weights(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = type(error).__name__
         raise UserError(f"checkpoint {path} is damaged and cannot be read: {reason}") from None
 
 
@@ -170,9 +158,7 @@ def publish(content: dict | bytes | str, path: Path):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter when a write fails
         beside.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written ({error}); the file before it is intact"
-        ) from None
+        raise UserError(f"{path} cannot be written ({error}); the old one is intact") from None
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -207,29 +193,23 @@ def init_encoder(encoder: nn.Module, path: Path, say: Callable = print):
     Positions for another image size are interpolated. Raises UserError if anything else differs.
     """
     state = read_weights(path / "encoder.pt" if path.is_dir() else path)
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"--init {path} is not an encoder: it must hold nothing but named tensors")
-    wanted = encoder.state_dict()
-    if isinstance(encoder, ViT) and state.get("pos_embed", torch.empty(0)).ndim == 3:
-        old, new = (math.isqrt(t["pos_embed"].shape[1]) for t in (state, wanted))
-        if old != new and old * old == state["pos_embed"].shape[1]:
+    if isinstance(encoder, ViT) and "pos_embed" in state:
+        new = encoder.image_size // encoder.patch_size
+        old = math.isqrt(state["pos_embed"].numel() // encoder.width)
+        if old != new and state["pos_embed"].shape == (1, old * old, encoder.width):
             # [1, N, D] -> [1, D, n, n], an image with D channels, to the new size and back.
             grid = state["pos_embed"].float().transpose(1, 2).unflatten(2, (old, old))
             options = {"mode": "bicubic", "antialias": True, "align_corners": False}
             grid = nn.functional.interpolate(grid, (new, new), **options)
             state["pos_embed"] = grid.flatten(2).transpose(1, 2)
             say(f"init    positions of {path} interpolated from {old} x {old} to {new} x {new}")
-    wrong = [f"{key} is missing" for key in wanted.keys() - state.keys()]
-    wrong += [f"{key} is unknown" for key in state.keys() - wanted.keys()]
-    wrong += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in wanted.keys() & state.keys()
-        if state[key].shape != wanted[key].shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise UserError(f"--init {path} does not fit: {', '.join(sorted(wrong)[:20])}{more}")
-    encoder.load_state_dict(state)
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:  # it lists the keys
+        reason = " ".join(str(error).split())
+        raise UserError(f"--init {path} does not fit: {reason:.1000}") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -266,8 +246,10 @@ def peak_memory(device: torch.device) -> float | None:
     """The peak of the GPU's allocated memory so far, elsewhere the process's own peak; in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
+    if sys.platform == "win32":
         return None
+    import resource  # which Windows lacks
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -275,17 +257,14 @@ def peak_memory(device: torch.device) -> float | None:
 def number(kind: type, low: float, high: float = math.inf) -> Callable:
     """The type of a flag that takes an int or a float from low to high."""
 
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, not {text}") from None
+    def numeric(text: str) -> float:  # argparse's message has this name: "invalid numeric value"
+        value = kind(text)
         if not low <= value <= high:
             allowed = f"{low} or more" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
         return value
 
-    return parse
+    return numeric
 
 
 def add_data_flags(add: Callable):

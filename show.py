@@ -388,14 +388,14 @@ def pixels(sample: sources.Sample) -> np.ndarray:
 def search(run: Run, source, texts: list[str]) -> tuple[Tensor, list]:
     """Scores [B, Q] of a source's images for texts, as in zero-shot, and the images' places."""
     bags = evaluation.token_bags(run.idf, [caption_labels(text, run.tokenizer) for text in texts])
-    log_p, skipped = evaluation.LOG_PROBABILITY[run.config.loss], Counter()
+    skipped = Counter()
     view, scores, places = Prepare(CenterCrop(run.config.image_size)), [], []
     stream = data.batches(data.OnePass(source, view, evaluation.BATCH), 2, run.idf.df.device)
     for batch in tqdm(stream, unit=f" x {evaluation.BATCH} images", leave=False):
         skipped.update(bad.kind for bad in batch.bad)
         if len(batch.images):
             features = run.model.features(data.normalize(batch.images))
-            scores.append(evaluation.score_bags(run.model, run.idf, features, bags, log_p=log_p))
+            scores.append(evaluation.score_bags(run, features, bags))
             places += batch.places
     data.refuse_if_bad(len(places), skipped)
     if not places:

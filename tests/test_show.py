@@ -248,7 +248,7 @@ def test_search_scores_as_zeroshot_does(run):
     loaded, source = show.load(run, "cpu"), load_source(str(run / "pairs"))
     texts = ["red picture", "blue"]
     bags = token_bags(loaded.idf, [caption_labels(text, loaded.tokenizer) for text in texts])
-    expected = score_bags(loaded.model, loaded.idf, extract(loaded, source, workers=0)[0], bags)
+    expected = score_bags(loaded, extract(loaded, source, workers=0)[0], bags)
     found, places = search(loaded, source, texts)
     torch.testing.assert_close(found, expected)
     assert places == [(i, 0) for i in range(24)]

@@ -1,0 +1,96 @@
+"""The README and the pages beside it: their commands, line counts and code are checked."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import show
+import train
+from superclass import superclass_loss
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments/README.md"]
+PARSERS = {"train.py": train.make_parser, "eval.py": evaluation.make_parser}
+PARSERS["show.py"] = show.make_parser
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command of a page's shell blocks, with NAME="..." put in for $NAME."""
+    found, variables = [], {}
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), flags=re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for name, value in variables.items():
+                line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
+            if assigned := re.fullmatch(r'(\w+)="(.*)"', line.strip()):
+                variables[assigned[1]] = assigned[2]
+            for part in re.split(r"&&|\|", line.split(" #")[0]):
+                if words := shlex.split(part):
+                    found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_understood(page, capsys):
+    understood = 0
+    for words in commands(page):
+        for i, word in enumerate(words[:12]):
+            if (word in PARSERS and (i == 0 or words[0] in ("python", "torchrun"))) or (
+                word in PARSERS and "torchrun" in words[:i]
+            ):
+                try:
+                    PARSERS[word]().parse_args(words[i + 1 :])
+                except SystemExit:
+                    pytest.fail(f"{' '.join(words)}: {capsys.readouterr().err}")
+                understood += 1
+            elif word == "python" and words[i + 1].endswith(".py"):
+                assert (ROOT / words[i + 1]).exists(), words
+            elif word == "-m" and words[i + 1].startswith("tests."):
+                assert (ROOT / (words[i + 1].replace(".", "/") + ".py")).exists(), words
+    assert understood or page.name != "README.md"
+
+
+def test_the_file_map_counts_lines():
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), flags=re.M)
+    assert {name for name, _ in rows} == {path.name for path in ROOT.glob("*.py")}
+    for name, lines in rows:
+        assert (ROOT / name).read_text().count("\n") == int(lines), name
+
+
+def test_the_readme_counts_the_tests(request):
+    if [Path(arg).name for arg in request.config.args] not in (["tests"], ["main"]):
+        pytest.skip("only some of the tests were collected")
+    stated = re.search(r"(\d+) tests", (ROOT / "README.md").read_text())
+    assert int(stated[1]) == request.session.testscollected
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 220 and len(text.encode()) <= 14_000
+
+
+def test_the_papers_25_lines_are_superclass_loss():
+    """The README's own code block, run as it stands."""
+    (code,) = re.findall(
+        r"```python\n(import torch\n.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
+    assert code.count("\n") <= 25
+    torch.manual_seed(0)
+    names = {}
+    exec(code, names)  # this repository's own text
+    labels = names["labels"]
+    sets = [row.nonzero()[:, 0].tolist() for row in labels]
+    width = max(map(len, sets))
+    padded = torch.tensor([row + [-1] * (width - len(row)) for row in sets])
+    expected = superclass_loss(names["logits"], padded, names["weights"])
+    torch.testing.assert_close(names["loss"].detach(), expected.detach())
+
+
+def test_links_and_pictures_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), (page.name, target)
