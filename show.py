@@ -18,7 +18,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,40 +59,37 @@ def output_shares(model: SuperClass, images: Tensor, weights: Tensor) -> tuple[T
         logit = w . (gamma (p - m) / s + beta) + b
               = sum over n of  1/N w . gamma (z_n - mean of z_n) / s    +    w . beta + b
 
-    because m is the mean over n of the means of z_n: with the image's own s, the norm is linear.
-    The rest, w . beta + b, belongs to no patch. A weighted sum of logits splits in the same way.
+    because m is the mean over n of the means of z_n. The rest, w . beta + b, belongs to no patch.
 
     Args:
         model: in evaluation mode.
         images: [B, 3, S, S], normalised.
-        weights: [V] or [B, V], those of a weighted sum of logits; for one token, a one at its id.
+        weights: [V] or [B, V], of a weighted sum of logits, which splits in the same way.
     Returns:
-        Shares [B, N] and constants [B], float32, that together sum to the weighted logits.
+        Shares [B, N] and constants [B] that together sum to the weighted logits.
     """
-    z = model.encoder(images).float()  # [B, N, D]
-    with torch.autocast(images.device.type, enabled=False):
-        w = weights.float() @ model.head.weight.float()  # [D] or [B, D]
-        deviation = (z.mean(dim=1).var(dim=1, correction=0) + model.norm.eps).sqrt()  # [B]
-        centred = (z - z.mean(dim=2, keepdim=True)) / deviation[:, None, None]  # [B, N, D]
-        shares = (centred * (w * model.norm.weight).unsqueeze(-2)).sum(dim=2) / z.shape[1]
-        constant = w @ model.norm.bias.float() + weights.float() @ model.head.bias.float()
-    return shares, constant.expand(len(z))
+    z = model.encoder(images)  # [B, N, D]
+    w = weights @ model.head.weight  # [D] or [B, D]
+    deviation = (z.mean(dim=1).var(dim=1, correction=0) + model.norm.eps).sqrt()  # [B]
+    centred = (z - z.mean(dim=2, keepdim=True)) / deviation[:, None, None]  # [B, N, D]
+    shares = (centred * (w * model.norm.weight).unsqueeze(-2)).sum(dim=2) / z.shape[1]
+    return shares, (w @ model.norm.bias + weights @ model.head.bias).expand(len(z))
 
 
 def input_shares(model: SuperClass, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Each patch's share of a logit, split at the pixels, where a patch is still what it shows.
 
-    Hold the attention, the deviations in the norms and the gates of the GELUs at the values that
-    they have for this image (`Held`). Then the whole model is affine in its pixels, and a logit is
-    the sum of gradient x pixel, plus what the held model returns for an image of zeros. This sum
-    is exact, too, but conditional: it does not say how the attention would change without the
-    patch. A pixel of the data's mean colour is zero and has no share.
+    With the attention, the deviations in the norms and the gates of the GELUs held at their values
+    for this image (`Held`), the whole model is affine in its pixels: a logit is the sum of
+    gradient x pixel, plus what the held model returns for an image of zeros. This sum is exact,
+    too, but does not say how the attention would change without the patch. A pixel of the data's
+    mean colour is zero and has no share.
 
     Args, returns: as for `output_shares`. In CNNs, a patch is the square of pixels at a token's
     place, and ReLU, max pooling and batch norm are affine in the same sense.
     """
-    pixels = images.detach().float().requires_grad_()
-    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), Held():
+    pixels = images.detach().requires_grad_()
+    with torch.enable_grad(), Held():
         tokens = model.encoder(pixels)  # [B, N, D]
         logits = model.head(model.norm(tokens.mean(dim=1)))  # [B, V]
         chosen = (logits * weights).sum(dim=1)  # [B]
@@ -105,22 +102,16 @@ def input_shares(model: SuperClass, images: Tensor, weights: Tensor) -> tuple[Te
 
 
 class Held(TorchFunctionMode):
-    """Within this context, layer norm, GELU and attention are linear: their factors are constants.
-
-    Values stay the same; gradients are those of the linear map.
-    """
+    """A context in which autograd takes the factors of norms, GELUs and attention as constants."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        function = self.LINEAR.get(function, function)
-        return function(*args, **(kwargs or {}))
+        return self.LINEAR.get(function, function)(*args, **(kwargs or {}))
 
     @staticmethod
-    def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    def layer_norm(x, shape, weight, bias, eps):
         dims = tuple(range(-len(shape), 0))
-        centred = x - x.mean(dims, keepdim=True)
-        x = centred * (centred.detach().square().mean(dims, keepdim=True) + eps).rsqrt()
-        x = x if weight is None else x * weight
-        return x if bias is None else x + bias
+        deviation = (x.detach().var(dims, correction=0, keepdim=True) + eps).sqrt()
+        return (x - x.mean(dims, keepdim=True)) / deviation * weight + bias
 
     @staticmethod
     def gelu(x, **kwargs):
@@ -129,8 +120,7 @@ class Held(TorchFunctionMode):
 
     @staticmethod
     def attention(q, k, v):
-        scores = q.detach() @ k.detach().transpose(-1, -2) * q.shape[-1] ** -0.5
-        return scores.softmax(dim=-1) @ v
+        return F.scaled_dot_product_attention(q.detach(), k.detach(), v)
 
     LINEAR = {F.layer_norm: layer_norm, F.gelu: gelu, F.scaled_dot_product_attention: attention}
 
@@ -146,6 +136,10 @@ class Word(NamedTuple):
     probability: float
     lift: float
 
+    def figure(self, lift: bool) -> str:
+        digits = 0 if self.lift >= 100 else 1
+        return f"{self.lift:.{digits}f}x" if lift else f"{self.probability:.0%}"
+
 
 def top_words(run: Run, logits: Tensor, number: int, lift: bool = False) -> list[Word]:
     """The `number` best tokens for the logits [V] of an image: by probability, or by lift.
@@ -153,11 +147,10 @@ def top_words(run: Run, logits: Tensor, number: int, lift: bool = False) -> list
     Lift is probability over frequency, the share of captions that contain the token. By lift,
     tokens less than a tenth as probable as the best are left out: their lift would be noise.
     """
-    p, idf = log_probabilities(run, logits).exp().cpu(), run.idf
-    frequency = (idf.df / idf.n.clamp(min=1)).cpu()
+    p, frequency = log_probabilities(run, logits).exp(), run.idf.df / run.idf.n.clamp(min=1)
     lifts = torch.where(frequency > 0, p / frequency, 0.0)
-    value = lifts * (p > p.max() / 10) if lift else p * (frequency > 0) if idf.n else p
-    best = [i for i in value.argsort(descending=True)[:number].tolist() if value[i]]
+    value = lifts * (p > p.max() / 10) if lift else p
+    best = value.argsort(descending=True)[:number].tolist()
     return [Word(spell(i, run.tokenizer), i, p[i].item(), lifts[i].item()) for i in best]
 
 
@@ -188,60 +181,49 @@ def spell(token: int, tokenizer) -> str:
     return (text.strip() or "(blank)") if whole else f"-{after}"
 
 
-def show_words(args: argparse.Namespace) -> list[dict]:
+def show_words(args: argparse.Namespace) -> list:
     """The top words of images, and the patches that they come from."""
     run = load(args.run, args.device, (*runs.HEADS, "caption"))
     if args.image and args.data:
         raise UserError("give images or --data, not both")
-    asked = [(text, word_weights(run, text)) for text in args.word or ()]
     files = sources.Files([(path, None, None, None) for path in args.image], None)
     source, limit = (files, None) if args.image else (run_source(run, args.data), args.number)
     views = [Prepare(CenterCrop(size)) for size in (TILE, run.config.image_size)]
-    samples, _ = gather(source, limit, *views)
+    samples, _ = gather(itertools.chain(*source.once(0, 1, 256, limit)), *views)
     if run.config.objective == "caption":
         return show_captions(args, run, samples)
-    rows, found = [], []
-    for raw, picture, view in samples:
+    asked, rows = [(text, word_weights(run, text)) for text in args.word or ()], []
+    for _, raw, picture, view in samples:
         images = data.normalize(view.image[None].to(run.idf.df.device))
         with torch.inference_mode():
             logits = run.model.head(run.model.norm(run.model.features(images)))[0].float()  # [V]
         words = top_words(run, logits, 6, args.lift)
-        units = F.one_hot(torch.tensor([word.id for word in words]), len(logits)).to(logits)
-        maps, cells = [], []
-        for text, weights in asked or [(words[i].text, units[i]) for i in range(len(words))][:3]:
-            shares, constant = SHARES[args.at](run.model, images, weights)
-            p = (weights @ log_probabilities(run, logits)).exp().item()
-            maps.append((text, shares[0].tolist(), constant.item(), (weights @ logits).item()))
-            draw = functools.partial(draw_map, pixels(picture), shares[0].numpy(force=True))
-            cells.append((draw, [(f"{p:.1%}  {text}", INK)]))
-        figures = [f"{w.probability:.0%}" for w in words]
-        if args.lift:
-            figures = [f"{w.lift:.1f}x" if w.lift < 100 else f"{w.lift:.0f}x" for w in words]
-        bars = functools.partial(draw_bars, words, figures, args.lift)
-        rows.append((name_of(raw), [(pixels(picture), []), (bars, []), *cells]))
-        found.append({"image": name_of(raw), "words": words, "maps": maps})
-        texts = (f"{word.text} {text}" for word, text in zip(words, figures, strict=True))
-        print(f"{name_of(raw)}: {', '.join(texts)}")
-    title = f"{args.run.resolve().name}: words and where they come from, split at the {args.at}"
+        ids, log_p = torch.arange(len(logits)).to(logits.device), log_probabilities(run, logits)
+        cells = [(pixels(picture), []), (functools.partial(draw_bars, words, args.lift), [])]
+        for text, weights in asked or [(w.text, (ids == w.id).float()) for w in words[:3]]:
+            shares, _ = SHARES[args.at](run.model, images, weights)
+            drawn = draw_map(pixels(picture), shares[0].numpy(force=True))
+            cells.append((drawn, [(f"{(weights @ log_p).exp():.1%}  {text}", INK)]))
+        rows.append((name_of(raw), cells))
+        print(f"{name_of(raw)}: {', '.join(f'{w.text} {w.figure(args.lift)}' for w in words)}")
+    place = {"input": "pixels", "output": "encoder's output"}[args.at]
     about = f"bars: probability{' over frequency' if args.lift else ''}; maps: orange speaks for "
     about += "the word, blue against it; grey: caption or file, which the model is not given"
-    sheet(title, about, rows, 5, args.out)
-    return found
+    sheet(f"{args.run.resolve().name}: words, and maps at the {place}", about, rows, 5, args.out)
+    return rows
 
 
-def draw_bars(words: list[Word], figures: list[str], lift: bool, axes):
-    """Words, bars and figures; the longest bar has length 1, so that all have room."""
+def draw_bars(words: list[Word], lift: bool, axes):
+    """Words, bars and figures in the unit square; the longest bar leaves room for its figure."""
     values = [word.lift if lift else word.probability for word in words]
-    axes.set(xlim=(-1.9, 2.2), ylim=(5.5, -0.5))
     for i, (word, value) in enumerate(zip(words, values, strict=True)):
-        length = value / max(values)
-        text = word.text if len(word.text) < 12 else word.text[:10] + "..."
-        axes.text(-1.9, i, text, va="center")
-        axes.barh(i, length, 0.55, color=INK)
-        axes.text(length + 0.1, i, figures[i], va="center", color=GREY, size=9)
+        y, length = (i + 0.5) / 6, 0.2 * value / (max(values) or 1)
+        axes.text(0, y, word.text if len(word.text) < 12 else word.text[:10] + "...", va="center")
+        axes.barh(y, length, 0.09, left=0.46, color=INK)
+        axes.text(0.48 + length, y, word.figure(lift), va="center", color=GREY, size=9)
 
 
-def draw_map(picture: np.ndarray, shares: np.ndarray, axes):
+def draw_map(picture: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Shares [N] as colours on a picture [S, S, 3] in grey; the strongest has full colour."""
     side, size = math.isqrt(len(shares)), len(picture)
     cells = np.arange(size) * side // size
@@ -250,28 +232,27 @@ def draw_map(picture: np.ndarray, shares: np.ndarray, axes):
     grey = picture.mean(axis=2, keepdims=True)
     grey = 0.6 + 0.4 * (grey - grey.min()) / max(np.ptp(grey), 1)
     colour = np.where(value < 0, to_rgb(AGAINST), to_rgb(FOR))
-    axes.imshow((1 - opacity + opacity * colour) * grey)  # the lines of the picture stay visible
-    edges = np.arange(1, side) * size / side - 0.5
-    for lines in (axes.hlines, axes.vlines):
-        lines(edges, -0.5, size - 0.5, color="white", lw=0.4)
+    drawn = (1 - opacity + opacity * colour) * grey  # the lines of the picture stay visible
+    edges = np.flatnonzero(np.diff(cells)) + 1
+    drawn[edges] = drawn[:, edges] = 1
+    return drawn
 
 
-def show_captions(args: argparse.Namespace, run: Run, samples: list) -> list[dict]:
+def show_captions(args: argparse.Namespace, run: Run, samples: list) -> list:
     """Images with the texts that a language model generates for them."""
     if args.word or args.lift:
         raise UserError(f"--word and --lift need a head over the vocabulary: {args.run} has none")
-    asked = data.pad([caption_tokens(raw.question or "", run.tokenizer) for raw, *_ in samples])
-    images = torch.stack([view.image for *_, view in samples]).to(run.idf.df.device)
-    answers = generate(run.model, data.normalize(images), asked.to(images.device))
-    texts = [run.tokenizer.decode(ids).strip() or "(empty)" for ids in answers]
-    given = [f"{raw.question or ''} {name_of(raw)}".strip() for raw, *_ in samples]
     cells = []
-    for (_, picture, _), text, name in zip(samples, texts, given, strict=True):
+    for _, raw, picture, view in samples:
+        images = data.normalize(view.image[None].to(run.idf.df.device))
+        asked = data.pad([caption_tokens(raw.question or "", run.tokenizer)]).to(images.device)
+        text = run.tokenizer.decode(generate(run.model, images, asked)[0]).strip() or "(empty)"
+        name = f"{raw.question or ''} {name_of(raw)}".strip()
         cells.append((pixels(picture), [(text, INK), (name, GREY)]))
         print(f"{name}: {text}")
     about = "black: generated; grey: the question if there is one, and the image's caption or file"
     sheet(f"{args.run.resolve().name}: generated captions", about, [("", cells)], 6, args.out)
-    return [{"image": name, "generated": text} for name, text in zip(given, texts, strict=True)]
+    return [("", cells)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,49 +274,37 @@ warnings.filterwarnings("ignore", "Glyph .* missing")  # for scripts that the fo
 
 
 def sheet(title: str, about: str, rows: list, columns: int, out: Path):
-    """Save a page of square cells.
+    """Save a page of cells: a square, and texts below it that are cut off at its right edge.
 
     Args:
-        rows: (heading, cells); longer rows are continued in the next one. A cell is a
-            picture [S, S, 3] or a function that draws on axes, and [(text below it, colour), ...].
+        rows: (heading, cells); longer rows are continued in the next one. A cell is a picture
+            [S, S, 3] or a function that draws in axes' unit square (y points down), and
+            [(text, colour), ...].
     """
-    rows = [
-        (heading * (i == 0), cells[i : i + columns])
-        for heading, cells in rows
-        for i in range(0, len(cells), columns)
-    ]
     tile = (PAGE - 2 * MARGIN - GAP * (columns - 1)) / columns
-    wrap = functools.partial(textwrap.wrap, width=int(tile / 7.2), max_lines=2, placeholder="...")
-    most = max(len(texts) for _, cells in rows for _, texts in cells)
-    head, under = 30 * any(heading for heading, _ in rows), 12 + 32 * most
-    height = TOP + len(rows) * (tile + under + head)
+    under = 12 + 32 * max(len(texts) for _, cells in rows for _, texts in cells)
+    head = 30 * any(heading for heading, _ in rows)
+    number = sum(math.ceil(len(cells) / columns) for _, cells in rows)
+    height = TOP + number * (head + tile + under)
     page = Figure((PAGE / 100, height / 100), dpi=100)
     page.text(MARGIN / PAGE, 1 - 10 / height, shorten(title, 75), size=13, va="top")
     page.text(MARGIN / PAGE, 1 - 37 / height, shorten(about, 150), size=9, va="top", color=GREY)
-    box = {"left": MARGIN / PAGE, "right": 1 - MARGIN / PAGE, "bottom": under / height}
-    box |= {"top": 1 - (TOP + head) / height}
-    box |= {"wspace": GAP / tile, "hspace": (under + head) / tile}
-    grid = page.subplots(len(rows), columns, squeeze=False, gridspec_kw=box)
+    page.subplots_adjust(MARGIN / PAGE, 0, 1 - MARGIN / PAGE, 1 - (TOP + head) / height)
+    spaces = {"wspace": GAP / tile, "hspace": head / (tile + under)}
+    limits = {"xlim": (0, 1), "ylim": (1 + under / tile, 0)}
+    grid = page.subplots(number, columns, squeeze=False, gridspec_kw=spaces, subplot_kw=limits)
     for axes in grid.flat:
         axes.set_axis_off()
-    for (heading, cells), of_row in zip(rows, grid, strict=True):
-        of_row[0].set_title(shorten(heading, 120), loc="left", size=10, color=GREY)
-        for (content, texts), axes in zip(cells, of_row, strict=False):
-            content(axes) if callable(content) else axes.imshow(content)
-            y = -5 / tile
-            for text, colour in texts:
-                lines = wrap(text[:500])
+    for heading, cells in rows:
+        grid[0, 0].set_title(shorten(heading, 120), loc="left", color=GREY)
+        for axes, (content, texts) in zip(grid.flat, cells, strict=False):
+            content(axes) if callable(content) else axes.imshow(content, extent=(0, 1, 1, 0))
+            for i, (text, colour) in enumerate(texts):
+                lines = textwrap.wrap(text[:500], int(tile / 7.2), max_lines=2, placeholder="...")
                 look = {"color": colour, "size": 9, "va": "top", "linespacing": 1.25}
-                axes.text(0, y, "\n".join(lines), transform=axes.transAxes, **look)
-                y -= 16 * len(lines) / tile
-    save(page, out)
-
-
-def save(page: Figure, path: Path):
-    try:
-        page.savefig(path, format="png", pil_kwargs={"optimize": True})
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror or error}") from None
+                axes.text(0, 1 + (5 + 32 * i) / tile, "\n".join(lines), clip_on=True, **look)
+        grid = grid[math.ceil(len(cells) / columns) :]
+    page.savefig(out)
 
 
 def load(folder: Path, device: str, objectives: tuple[str, ...] = runs.HEADS) -> Run:
@@ -352,13 +321,15 @@ def run_source(run: Run, spec: str | None):
     return sources.load_source(spec or config.val_data or config.data, "val", config.data_root)
 
 
-def gather(source, limit: int | None, *prepares: Prepare) -> tuple[list[tuple], list[BadSample]]:
-    """Up to `limit` good samples, each with what `prepares` make of it, and the bad ones."""
+def gather(samples: Iterable[tuple], *prepares: Prepare) -> tuple[list[tuple], list[BadSample]]:
+    """The good ones of (place, raw) samples, each with what `prepares` make of it; the bad ones."""
     good, bad = [], []
-    for i, (_, raw) in enumerate(itertools.chain(*source.once(0, 1, 256, limit))):
+    for i, (place, raw) in enumerate(samples):
         made = [prepare(raw, (i,)) for prepare in prepares]
-        failed = isinstance(made[-1], BadSample)
-        (bad if failed else good).append(made[-1] if failed else (raw, *made))
+        if isinstance(made[-1], BadSample):
+            bad.append(made[-1])
+        else:
+            good.append((place, raw, *made))
     examples = "; ".join({item.kind: str(item) for item in bad}.values())
     found = f"{data.describe(Counter(item.kind for item in bad))} ({examples})"
     if not good:
@@ -387,7 +358,7 @@ def pixels(sample: sources.Sample) -> np.ndarray:
 @torch.inference_mode()
 def search(run: Run, source, texts: list[str]) -> tuple[Tensor, list]:
     """Scores [B, Q] of a source's images for texts, as in zero-shot, and the images' places."""
-    bags = evaluation.token_bags(run.idf, [caption_labels(text, run.tokenizer) for text in texts])
+    bags = torch.stack([word_weights(run, text) for text in texts]).cpu().to_sparse()
     skipped = Counter()
     view, scores, places = Prepare(CenterCrop(run.config.image_size)), [], []
     stream = data.batches(data.OnePass(source, view, evaluation.BATCH), 2, run.idf.df.device)
@@ -405,84 +376,75 @@ def search(run: Run, source, texts: list[str]) -> tuple[Tensor, list]:
     return torch.cat(scores), places
 
 
-def show_search(args: argparse.Namespace) -> dict[str, list]:
+def show_search(args: argparse.Namespace) -> list:
     """The best images of a source for each text."""
-    run, found, rows = load(args.run, args.device), {}, []
-    for text in args.text:
-        word_weights(run, text)  # report unknown words before the slow part
+    run, rows = load(args.run, args.device), []
     source = run_source(run, args.data)
     scores, places = search(run, source, args.text)
-    best = scores.topk(min(args.number, len(scores)), dim=0)
-    hits = sorted({places[i] for i in best.indices.flatten().tolist()})
+    best = scores.topk(min(args.number, len(scores)), dim=0).indices  # [number, Q]
     if isinstance(source, sources.Shards):  # read a shard with several hits only once
         source.read = functools.lru_cache(maxsize=1)(source.read)
-    raws = {place: source.raw(place) for place in hits}
-    pictures = {place: Prepare(CenterCrop(TILE))(raw) for place, raw in raws.items()}
+    hits = ((place, source.raw(place)) for place in sorted({places[i] for i in best.flatten()}))
+    samples, _ = gather(hits, Prepare(CenterCrop(TILE)))  # reports files that are gone by now
+    shown = {place: (name_of(raw), pixels(picture)) for place, raw, picture in samples}
     for q, text in enumerate(args.text):
-        chosen = zip(best.indices[:, q].tolist(), best.values[:, q].exp().tolist(), strict=True)
-        chosen = [(places[i], value) for i, value in chosen]
-        found[text] = [(name_of(raws[place]), value) for place, value in chosen]
-        captions = [(f"{value:.1%}  {name}", INK) for name, value in found[text]]
-        shown = (pixels(pictures[place]) for place, _ in chosen)
-        rows.append((f'"{text}"', [*zip(shown, ([caption] for caption in captions), strict=True)]))
-        print(f"{text}:", *(caption for caption, _ in captions), sep="\n  ")
+        cells = []
+        for i in (i for i in best[:, q].tolist() if places[i] in shown):
+            name, picture = shown[places[i]]
+            cells.append((picture, [(f"{scores[i, q].exp():.1%}  {name}", INK)]))
+        rows += [(f'"{text}"', cells)] if cells else []
+        print(f"{text}:", *(caption for _, [(caption, _)] in cells), sep="\n  ")
     title = f"{args.run.resolve().name}: the best of {len(scores):,} images for a text"
     about = "percentage: mean probability of the text's tokens; then the image's caption or file"
     sheet(title, about, rows, 6, args.out)
-    return found
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------
 # Curves. A point is (panel, line, images seen, value, deviation).
 
-CURVES = {"loss": "loss", "lr": "learning rate", "images_per_s": "images a second"}
-
 
 def show_curves(args: argparse.Namespace) -> dict[str, dict]:
     """Loss, speed and scores of runs over the images seen."""
-    panels, styles = {}, {}
+    panels, numbers, legend, axes = {}, {}, {}, None
     for title, line, *point in (final_points if args.final else curve_points)(args.run):
         panels.setdefault(title, {}).setdefault(line, []).append(tuple(point))
-        dash, colour = divmod(len(styles), len(COLOURS))
-        look = {"color": COLOURS[colour], "linestyle": ["-", "--", ":"][dash % 3]}
-        styles.setdefault(line, look | {"label": line})
-    rows, below = math.ceil(len(panels) / 3), 34 + 18 * math.ceil(len(styles) / 3)
-    height = 225 * rows + below
-    page = Figure((PAGE / 100, height / 100), dpi=100)
-    grid, drawn = page.subplots(rows, min(3, len(panels)), sharex=True, squeeze=False), {}
-    for axes in grid.flat[len(panels) :]:
-        axes.remove()
-    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        numbers.setdefault(line, len(numbers))
+    if not panels:
+        raise UserError("there is nothing to draw: no line in metrics.jsonl, no score")
+    rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
+    size = PAGE / 100, 2.35 * rows + 0.18 * math.ceil(len(numbers) / 3)
+    page = Figure(size, dpi=100, layout="constrained")
+    for n, (title, lines) in enumerate(panels.items(), 1):
+        axes = page.add_subplot(rows, columns, n, title=title, sharex=axes)
         for line, points in lines.items():
             x, y, deviation = zip(*sorted(points), strict=True)
-            marker = "" if title in CURVES.values() and x[1:] else "o"
-            drawn[line] = axes.errorbar(x, y, deviation, ms=4, marker=marker, **styles[line])
+            dash, colour = divmod(numbers[line], len(COLOURS))
+            look = {"color": COLOURS[colour], "linestyle": ("-", "--", ":")[dash % 3], "ms": 4}
+            marker = "o" if len(x) < 10 else ""
+            legend[line] = axes.errorbar(x, y, deviation, marker=marker, **look)
             print(f"{line}: {title} {y[-1]:.4g} after {x[-1]:,} images")
-        if title not in CURVES.values() and axes.dataLim.y1 <= 1:
+        if 0.1 < axes.dataLim.y1 <= 1:  # scores, not learning rates
             axes.set_ylim(0, 1.05)
         if args.final:
             axes.set_xscale("log")
-            axes.set_xticks(sorted({x for points in panels[title].values() for x, *_ in points}))
+            axes.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
             axes.minorticks_off()
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_title(title)
-        axes.tick_params(labelbottom=True)
-    page.legend(handles=[*drawn.values()], loc="lower center", ncols=3)
-    page.text(0.5, below / height, "images seen", ha="center", va="top", size=9)
-    page.tight_layout(rect=(0, below / height, 1, 1))
-    save(page, args.out)
+        axes.set_xlabel("images seen", size=8)
+    page.legend(legend.values(), legend, loc="outside lower center", ncols=3)
+    page.savefig(args.out)
     return panels
 
 
 def curve_points(folders: list[Path]) -> Iterator[tuple]:
     """Training and all evaluations of runs; a line is a run."""
+    titles = {"loss": "loss", "lr": "learning rate", "images_per_s": "images a second"}
     for folder in folders:
         batch_size = runs.read_config(folder).batch_size
-        metrics = runs.read_jsonl(folder / "metrics.jsonl")
-        if not metrics:
-            raise UserError(f"{folder} has no line in its metrics.jsonl yet")
-        for (key, title), line in itertools.product(CURVES.items(), metrics):
-            yield title, str(folder), line["samples"], line[key], 0
+        for line in runs.read_jsonl(folder / "metrics.jsonl"):
+            for key, title in titles.items():
+                yield title, str(folder), line["samples"], line[key], 0
         for row in runs.own_rows(folder):
             name = f"{evaluation.task_name(row)} {row.get('attribute', '')}".strip()
             scores = {f"{name} {key}": row[key] for key in row if isinstance(row[key], float)}
@@ -502,16 +464,11 @@ def final_points(folders: list[Path]) -> Iterator[tuple]:
         other = names.setdefault((line, config.samples), name)
         if other != name:
             raise UserError(f"'{other}' and '{name}' would be one point: {line}, {config.samples}")
-        tasks = {task for task in scores if all(task in found for _, found in group)}
-        if not tasks - {*evaluation.COSTS}:
-            raise UserError(f"'{name}' has no score of the end that all its runs have")
-        for task in (task for task in scores if task in tasks - {*evaluation.COSTS}):
-            mean, deviation = evaluation.mean_and_deviation([found[task] for _, found in group])
-            yield task, line, config.samples, mean, deviation or 0
-
-
-# ------------------------------------------------------------------------------------------------
-# A source's data.
+        for task in scores:
+            values = [found[task] for _, found in group if task in found]
+            if task not in evaluation.COSTS and len(values) == len(group):
+                mean, deviation = evaluation.mean_and_deviation(values)
+                yield task, line, config.samples, mean, deviation or 0
 
 
 def show_data(args: argparse.Namespace) -> dict[str, list]:
@@ -519,19 +476,19 @@ def show_data(args: argparse.Namespace) -> dict[str, list]:
     source = sources.load_source(args.data, "train", args.data_root, args.class_names)
     tokenizer = load_tokenizer(args.tokenizer, source.captions(50_000))
     view = data.Augment(args.image_size, args.min_scale, args.flip, args.color_jitter)
-    samples, bad = gather(source, 1000, Prepare(view, tokenizer, args.seed, args.drop_stopwords))
-    captions = [name_of(raw) for raw, _ in samples]
+    prepare = Prepare(view, tokenizer, args.seed, args.drop_stopwords)
+    samples, bad = gather(itertools.chain(*source.once(0, 1, 256, 1000)), prepare)
+    captions = [name_of(raw) for _, raw, _ in samples]
     tokens = [caption_tokens(c, tokenizer, 10**6, args.drop_stopwords) for c in captions]
-    labels = [list(dict.fromkeys(sample.tokens)) for _, sample in samples]
-    numbers = {
+    labels = [list(dict.fromkeys(view.tokens)) for *_, view in samples]
+    quantiles = [["quantiles", "least", "5%", "median", "95%", "most"]]
+    for key, numbers in {
         "words of a caption": [len(caption.split()) for caption in captions],
         "tokens of a caption": list(map(len, tokens)),
         "labels of an image": list(map(len, labels)),
-        "shorter side, pixels": [min(data.open_image(raw.image).size) for raw, _ in samples],
-    }
-    shares = (0, 0.05, 0.5, 0.95, 1)
-    quantiles = [["quantiles", "least", "5%", "median", "95%", "most"]]
-    quantiles += [[key, *np.quantile(n, shares, method="nearest")] for key, n in numbers.items()]
+        "shorter side, pixels": [min(data.open_image(raw.image).size) for _, raw, _ in samples],
+    }.items():
+        quantiles.append([key, *np.quantile(numbers, (0, 0.05, 0.5, 0.95, 1), method="nearest")])
     skipped = [["bad samples", f"of {len(samples) + len(bad)}"]]
     skipped += Counter(item.kind for item in bad).items()
     skipped += [("captions cut to 77 tokens", sum(len(ids) > 77 for ids in tokens))]
@@ -543,7 +500,7 @@ def show_data(args: argparse.Namespace) -> dict[str, list]:
     cells = []
     for i in np.linspace(0, len(samples), min(args.number, len(samples)), False, dtype=int):
         names = ", ".join(spell(token, tokenizer) for token in labels[i])
-        cells.append((pixels(samples[i][1]), [(captions[i], INK), (names, AGAINST)]))
+        cells.append((pixels(samples[i][-1]), [(captions[i], INK), (names, AGAINST)]))
     about = f"views of {args.image_size} px as in training; captions; in blue their labels, the "
     about += f"tokens of {args.tokenizer}, where -x is a piece inside a word"
     sheet(f"{args.data}: {source}", about, [("", cells)], 6, args.out)
@@ -554,57 +511,45 @@ def show_data(args: argparse.Namespace) -> dict[str, list]:
     return {"quantiles": quantiles, "skipped": skipped, "tokens": frequent}
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags.
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Look at runs and sources.")
     commands = parser.add_subparsers(dest="command", required=True)
-    style, count = argparse.ArgumentDefaultsHelpFormatter, runs.number(int, 1)
-
-    def command(name: str, function: Callable) -> Callable:
-        text = function.__doc__.splitlines()[0]
+    count, adders = runs.number(int, 1), []
+    for function in (show_words, show_search, show_curves, show_data):
+        name, text = function.__name__.removeprefix("show_"), function.__doc__.splitlines()[0]
+        style = argparse.ArgumentDefaultsHelpFormatter
         sub = commands.add_parser(name, help=text, description=text, formatter_class=style)
         sub.set_defaults(function=function)
         sub.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="the picture, a PNG")
-        return sub.add_argument
-
-    def run_flags(add: Callable):
+        adders.append(sub.add_argument)
+    words, search, curves, data = adders
+    for add in (words, search):
         add("run", type=Path, help="the run's folder")
         add("--data", help="the source; default: what the run is evaluated on")
         add("--device", default="auto", help="auto, cuda, mps or cpu")
-
-    add = command("words", show_words)
-    run_flags(add)
-    add("image", type=Path, nargs="*", help="image files, instead of a source")
-    add("--number", type=count, default=4, help="samples of a source")
-    add("--word", action="append", help="map this text instead of the top words; may be repeated")
-    add("--lift", action="store_true", help="rank words by probability over frequency")
-    add("--at", default="input", choices=tuple(SHARES), help="split there in the encoder")
-    add = command("search", show_search)
-    run_flags(add)
-    add("text", nargs="+", help="what to look for; several texts, several answers")
-    add("--number", type=count, default=6, help="images for each text")
-    add = command("curves", show_curves)
-    add("run", type=Path, nargs="+", help="folders of runs")
-    add("--final", action="store_true", help="final scores over the length of finished runs")
-    add = command("data", show_data)
-    add("data", help=f"{', '.join(sources.BUILT_IN)}, a folder, a table, .tar shards")
-    add("--number", type=count, default=12, help="samples to draw")
-    runs.add_data_flags(add)
+    words("image", type=Path, nargs="*", help="image files, instead of a source")
+    words("--number", type=count, default=4, help="samples of a source")
+    words("--word", action="append", help="map this text, not the top words; may be repeated")
+    words("--lift", action="store_true", help="rank words by probability over frequency")
+    words("--at", default="input", choices=tuple(SHARES), help="split there in the encoder")
+    search("text", nargs="+", help="what to look for; several texts, several answers")
+    search("--number", type=count, default=6, help="images for each text")
+    curves("run", type=Path, nargs="+", help="folders of runs")
+    curves("--final", action="store_true", help="final scores over the length of finished runs")
+    data("data", help=f"{', '.join(sources.BUILT_IN)}, a folder, a table, .tar shards")
+    data("--number", type=count, default=12, help="samples to draw")
+    runs.add_data_flags(data)
     return parser
 
 
 def main(argv: list[str] | None = None):
     args = make_parser().parse_args(argv)
     try:
-        if args.out.suffix.lower() != ".png":
-            raise UserError(f"--out {args.out}: pictures are written as PNG, name a .png file")
-        if args.out.resolve() in {path.resolve() for path in getattr(args, "image", ())}:
-            raise UserError(f"--out {args.out} is one of the images: name another file")
+        images = {path.resolve() for path in getattr(args, "image", ())}
+        if args.out.suffix.lower() != ".png" or args.out.resolve() in images:
+            raise UserError(f"--out {args.out}: name a .png file that is none of the images")
         args.function(args)
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter if --out cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"the picture is {args.out}", file=sys.stderr)
