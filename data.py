@@ -60,9 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def resized_crop(
-    image: Image.Image, box: tuple[float, float, float, float], size: int
-) -> Image.Image:
+def resized_crop(image: Image.Image, box: tuple[float, ...], size: int) -> Image.Image:
     """The part `box` (left, top, right, bottom; pixels) of an image as size x size RGB, bicubic.
 
     A JPEG is decoded at a half, a quarter or an eighth of its resolution if that still leaves
@@ -89,7 +87,7 @@ class Augment:
     """
 
     def __init__(self, size: int, min_scale: float = 0.9, flip=False, color_jitter: float = 0.0):
-        self.size, self.scale = size, (min_scale, 1.0)
+        self.size, self.crop = size, transforms.RandomResizedCrop(size, (min_scale, 1.0))
         self.steps = [transforms.RandomHorizontalFlip()] if flip else []
         if color_jitter:
             strengths = (color_jitter, color_jitter, color_jitter, color_jitter / 4)
@@ -97,9 +95,7 @@ class Augment:
             self.steps.append(transforms.RandomGrayscale(0.2))
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        top, left, height, width = transforms.RandomResizedCrop.get_params(
-            image, self.scale, (3 / 4, 4 / 3)
-        )
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         image = resized_crop(image, (left, top, left + width, top + height), self.size)
         for step in self.steps:
             image = step(image)
@@ -286,10 +282,8 @@ def batches(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(
-            f"a process that loads data died ({str(error).splitlines()[0]}): if memory ran out, "
-            "use fewer --workers"
-        ) from None
+        died = str(error).splitlines()[0]
+        raise UserError(f"{died}: if memory ran out, use fewer --workers") from None
 
 
 def join(pieces: list[Piece], device: torch.device) -> Batch:
@@ -337,6 +331,5 @@ def refuse_if_bad(good: int, skipped: Counter, enough: int = 0):
     """Raise UserError if more than a tenth of the samples, `enough` at least, cannot be used."""
     bad = skipped.total()
     if good + bad >= enough and bad > (good + bad) / 10:
-        raise UserError(
-            f"{bad} of {good + bad} samples cannot be used, more than a tenth: {describe(skipped)}"
-        )
+        found = f"{bad} of {good + bad} samples cannot be used, more than a tenth"
+        raise UserError(f"{found}: {describe(skipped)}")

@@ -189,7 +189,7 @@ the best {} of the year
 a picture of the {} at home|buy the {} online today|this {} belongs to my friend|somebody's {}
 {} in good condition|we sell a {} like this|photo: {}|you are looking at a {}|{} with free shipping
 a typical {}|an unusual {}|size m {}|the label says {}|please rate my {}|a {} that i drew"""
-TEMPLATES = TEMPLATES.replace("\n", "|").split("|")
+TEMPLATES = re.split(r"[|\n]", TEMPLATES)
 
 
 class Labelled(Pairs):
@@ -199,13 +199,13 @@ class Labelled(Pairs):
 
     def __init__(self, spec: str, split: str, root: str):
         make = getattr(torchvision.datasets, self.NAMES[spec])
-        try:
-            self.set = make(root, train=split == "train", download=True)  # unless it is there
+        try:  # files that are already there are not downloaded
+            self.set = make(root, train=split == "train", download=True)
         except (RuntimeError, OSError) as error:
             folder = Path(root) / (getattr(make, "base_folder", None) or f"{make.__name__}/raw")
             raise UserError(
-                f"{spec} could not be downloaded ({error}): copy torchvision's files to {folder}, "
-                "or name another folder with --data-root"
+                f"{spec} could not be downloaded ({error}): copy its files to {folder} as "
+                "torchvision expects them, or name another folder with --data-root"
             ) from None
         names = [name.lower().replace("_", " ").split("/") for name in self.set.classes]
         self.attributes = {"class": names}
@@ -229,14 +229,11 @@ def number_classes(names: list[list[str]]) -> dict[str | None, int]:
 
 
 class Files(Pairs):
-    """Images on disk. A row is (image path, caption or its path, label, question) or None.
-
-    Without `names` every label is a class.
-    """
+    """Images on disk, from rows of (image path, caption or its path, label, question) or None."""
 
     def __init__(self, rows: list[tuple | None], names: list[list[str]] | None):
         labels = {row[2] for row in rows if row} - {None}
-        names = names or [[label] for label in sorted(labels)]
+        names = names or [[label] for label in sorted(labels)]  # by default each label is a class
         self.rows, self.numbers = rows, number_classes(names)
         self.attributes = {"class": names} if labels else {}
         for label in labels - self.numbers.keys():
@@ -249,8 +246,7 @@ class Files(Pairs):
         if self.rows[i] is None:
             return BadSample("unreadable row", f"number {i + 1}")
         image, caption, label, question = self.rows[i]
-        targets = (self.numbers[label],) if self.attributes else ()
-        return Raw(image, caption, targets, question)
+        return Raw(image, caption, (self.numbers[label],) * len(self.attributes), question)
 
 
 def open_folder(root: Path, names: list[list[str]] | None) -> Files:
@@ -365,17 +361,16 @@ class Shards(Source):
         return Raw(image, parts.get("txt"), (number,))
 
     def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
-        """The samples are dealt to L lanes; position p holds the next good one of lane p mod L.
+        """Position p holds the next good sample of lane p mod L, whoever reads the lane.
 
-        A lane does not depend on who reads it, so any number of readers that divides L sees the
-        same stream.
+        So the stream is the same for any number of readers that divides L.
         """
         lanes = [self.lane(prepare, seed, lane, start) for lane in range(start.lanes)]
         for p in itertools.count(start.samples + (reader - start.samples) % readers, readers):
-            lane, item = p % start.lanes, None
+            item = None
             while not isinstance(item, Sample):
-                item, place = next(lanes[lane])
-                yield item, (lane, place)
+                item, place = next(lanes[p % start.lanes])
+                yield item, (p % start.lanes, place)
 
     def lane(self, prepare: Callable, seed: int, lane: int, start: Start):
         """One lane's endless samples, good and bad, with the place after each of them.
@@ -386,9 +381,9 @@ class Shards(Source):
         S, L = len(self.urls), start.lanes
         share, sharers = lane // S, len(range(lane % S, L, S))
         first = start.places.get(lane, (0, 0, 0))
-        fruitful = first[0]  # the last pass with a sample
+        last = first[0]  # the last pass with a sample
         for number in itertools.count(first[0]):
-            if number == fruitful + 10:
+            if number == last + 10:
                 raise UserError(
                     f"{S} shards hold too few samples for {L} lanes: lane {lane} found none in ten "
                     "passes; start with fewer processes, --workers or --lanes"
@@ -409,7 +404,7 @@ class Shards(Source):
                 for offset, i in enumerate(mixed):
                     if (number, group, offset) >= first:
                         s, j, raw = samples[i]
-                        fruitful = number
+                        last = number
                         yield prepare(raw, (number, s, j)), (number, group, offset + 1)
 
     def once(self, reader: int, readers: int, block: int, limit: int | None):
@@ -441,18 +436,16 @@ class StrictTarInfo(tarfile.TarInfo):
 
 def expand_shards(spec: str) -> list[str]:
     """The shards that braces {00..99} or {a,b}, a glob, a folder or a remote address stand for."""
-    braces = re.search(r"\{([^{}]*)\}", spec)
-    if braces:
-        first, dots, last = braces[1].partition("..")
-        options = braces[1].split(",")
-        if dots and first.isdecimal() and last.isdecimal():
-            options = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-        before, after = spec[: braces.start()], spec[braces.end() :]
+    if braces := re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", spec):
+        before, options, after = braces[1], braces[2].split(","), braces[3]
+        if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[2]):
+            width = len(numbers[1])
+            options = [f"{i:0{width}d}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
         return [url for option in options for url in expand_shards(before + option + after)]
     if Path(spec).is_file() or ("://" in spec and "*" not in spec):
         return [spec]
     try:
-        files, path = fsspec.url_to_fs(f"{spec}/*.tar" if Path(spec).is_dir() else spec)
+        files, path = fsspec.url_to_fs(str(Path(spec) / "*.tar") if Path(spec).is_dir() else spec)
         urls = [files.unstrip_protocol(name) for name in sorted(files.glob(path))]
     except Exception as error:  # each file system of fsspec has its own
         raise UserError(f"{spec} cannot be listed: {type(error).__name__} {error}") from None
@@ -503,6 +496,5 @@ def load_source(
     if path.suffix in (".csv", ".tsv", ".jsonl") and path.is_file():
         return open_table(path, names)
     raise UserError(
-        f"no source '{spec}': use {', '.join(BUILT_IN)}, or a folder, a .csv, .tsv or .jsonl "
-        "file or .tar shards that exist"
+        f"no source '{spec}': use {', '.join(BUILT_IN)}, a folder, table or .tar shards that exist"
     )

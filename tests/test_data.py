@@ -437,7 +437,7 @@ def test_a_killed_loader_process_is_a_users_error():
     next(running)
     loader, *_ = set(multiprocessing.active_children()) - others
     os.kill(loader.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"a process that loads data died .*--workers"):
+    with pytest.raises(UserError, match=r"DataLoader worker .*--workers"):
         for _ in range(20):  # some batches are ready
             next(running)
     for process in set(multiprocessing.active_children()) - others:  # they ignore SIGTERM
