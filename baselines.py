@@ -25,9 +25,6 @@ from torch import Tensor, nn
 import superclass
 from superclass import Attention, Block, SuperClass, init_transformer
 
-# ------------------------------------------------------------------------------------------------
-# Other encoders (Table 10).
-
 
 class ConvNet(nn.Sequential):
     """torchvision's network up to its last feature map; each position becomes a token."""
@@ -55,7 +52,6 @@ def build_encoder(name: str, image_size: int) -> nn.Module:
     return ConvNet(name)
 
 
-# ------------------------------------------------------------------------------------------------
 # Other losses (Table 6). Each takes logits [B, V] and labels [B, K], sets of token ids padded with
 # -1, and returns a float32 scalar. None of them uses IDF weights; neither does Table 6, whose 75.6
 # for softmax is Table 7's figure without IDF.
@@ -144,10 +140,6 @@ def supervised_loss(logits: Tensor, targets: Tensor, sizes: list[int]) -> Tensor
         for x, y in zip(logits.float().split(sizes, dim=1), targets.T, strict=True)
     ]
     return sum(losses) / len(losses)
-
-
-# ------------------------------------------------------------------------------------------------
-# CLIP, LiT and SuperCLIP.
 
 
 class CausalAttention(Attention):

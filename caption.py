@@ -88,9 +88,7 @@ def load_gpt2(path: str | Path) -> LanguageModel:
         else:
             load = partial(torch.load, map_location="cpu", weights_only=True)
         state = {key.removeprefix("transformer."): p.float() for key, p in load(path).items()}
-    except ModuleNotFoundError:
-        raise UserError(f"to read {path}, pip install safetensors, or use the .bin") from None
-    except Exception as error:  # a damaged or foreign file can fail anywhere
+    except Exception as error:  # a damaged file can fail anywhere; safetensors may be missing
         raise UserError(f"{path} cannot be read as a state dict: {error!r}") from None
     ours = {}
     for key, p in state.items():
@@ -164,8 +162,7 @@ class Captioner(nn.Module):
         questions = tokens[:, :0] if questions is None else questions
         mark = tokens.new_full((len(tokens), 1), self.language_model.vocab_size - 1)
         rows = torch.cat([questions, mark, tokens], dim=1)  # [B, L]
-        # With all padding at the end, no token sees any or is moved by it, so that a row's logits
-        # are the same in every batch.
+        # Move all padding to the end, where no token sees it: logits do not depend on the batch.
         order = (rows < 0).long().argsort(dim=1, stable=True)
         places = torch.arange(tokens.shape[1] + 1, device=tokens.device)
         places = places + (questions >= 0).sum(dim=1, keepdim=True)  # [B, K + 1]
@@ -191,7 +188,7 @@ def generate(
 ) -> list[list[int]]:
     """Greedy decoding: the ids of each answer up to its end mark, or the first `max_tokens`.
 
-    Each step reads all tokens again: short captions do not need a cache of keys and values.
+    Each step reads all tokens again; texts this short need no cache of keys and values.
     """
     prefix, end = captioner.project(images), captioner.language_model.vocab_size - 1
     answers = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)

@@ -1,12 +1,10 @@
 """Drawn pictures of coloured shapes with free-text captions: the default data, and nothing stored.
 
-They stand in for image-text pairs from the web: the captions use synonyms, leave attributes out,
-are full of words that say nothing about the image, and one in twenty is about another image.
-Sample i of a split is always the same.
+They stand in for image-text pairs from the web: the captions use synonyms, leave attributes out and
+add irrelevant words, and one in twenty is about another image. Sample i of a split never changes.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -43,18 +41,18 @@ ATTRIBUTES = {"shape": list(SHAPES.values()), "colour": list(COLOURS.values())}
 
 
 def pick(rng: np.random.Generator, options: list):
-    """One of the options, all alike."""
+    """One of the options; all are equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
 def scene_of(i: int, split: str) -> dict:
-    """What sample i shows. Drawn first, so that picture and caption speak of the same thing.
+    """What sample i shows: what its picture and its caption have in common.
 
     Size, place and turn vary little enough for a small ViT to learn the shapes in minutes.
     """
     rng = np.random.default_rng((i, split != "train"))
     shape, colour = rng.integers(8, size=2).tolist()
-    radius = rng.uniform(0.32, 0.42)  # as the place, in sides of the image
+    radius = rng.uniform(0.32, 0.42)  # like x and y, as a part of the image's side
     x, y = rng.uniform(0.42, 0.58, size=2)
     side = "left" if x < 0.46 else "right" if x > 0.54 else "middle"
     scene = {"rng": rng, "i": i, "split": split, "shape": shape, "colour": colour, "side": side}
@@ -83,14 +81,12 @@ def caption(scene: dict) -> str:
 
 
 def question(scene: dict) -> tuple[str, str]:
-    """A question about the picture and its answer, one word, which is always right.
-
-    Its random numbers are its own, so that caption and picture are the same with or without it.
-    """
+    """A question about the picture and its answer, one word, which is always right."""
     shape, colour = (ATTRIBUTES[name][scene[name]][0] for name in ("shape", "colour"))
     questions = [("what shape is this?", shape), ("what colour is it?", colour)]
     questions.append(("on which side is it?", scene["side"]))
-    return pick(np.random.default_rng((scene["i"], scene["split"] != "train", 1)), questions)
+    rng = np.random.default_rng((scene["i"], scene["split"] != "train", 1))  # leaves scene's alone
+    return pick(rng, questions)
 
 
 def word(rng: np.random.Generator, names: list[str]) -> str:
@@ -114,16 +110,13 @@ def draw(scene: dict, side: int = 64) -> tuple[Image.Image, Image.Image]:
     return image, mask
 
 
-Outline = list[tuple[float, float]]
-
-
-def around(radius: Callable, points: int, x: float = 0.0, y: float = 0.0) -> Outline:
-    """The outline with that radius at each of so many angles, clockwise from the top."""
-    turns = [(radius(k), 2 * math.pi * k / points) for k in range(points)]
+def around(radii: list[float], x: float = 0.0, y: float = 0.0) -> list[tuple[float, float]]:
+    """Corners at these distances from (x, y), at equal angles, clockwise from the top."""
+    turns = [(r, 2 * math.pi * k / len(radii)) for k, r in enumerate(radii)]
     return [(x + r * math.sin(a), y - r * math.cos(a)) for r, a in turns]
 
 
-def heart(points: int) -> Outline:
+def heart(points: int) -> list[tuple[float, float]]:
     """A well-known curve: x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t."""
     turns = [2 * math.pi * k / points for k in range(points)]
     waves = (13, -5, -2, -1)
@@ -132,17 +125,17 @@ def heart(points: int) -> Outline:
 
 
 # Polygons around (0, 0) in radii, y downwards, each painted (255) or cut out (0) in this order.
-DISC = around(lambda _: 1.0, 40)
+DISC = around([1.0] * 40)
 OUTLINES = {
     "circle": [(DISC, 255)],
     "square": [([(-0.78, -0.78), (0.78, -0.78), (0.78, 0.78), (-0.78, 0.78)], 255)],
     "triangle": [([(0, -1), (0.95, 0.75), (-0.95, 0.75)], 255)],
-    "star": [(around(lambda k: 0.4 if k % 2 else 1.0, 10), 255)],
+    "star": [(around([1.0, 0.4] * 5), 255)],
     "cross": [
         ([(-0.28, -1), (0.28, -1), (0.28, 1), (-0.28, 1)], 255),
         ([(-1, -0.28), (1, -0.28), (1, 0.28), (-1, 0.28)], 255),
     ],
-    "ring": [(DISC, 255), (around(lambda _: 0.55, 40), 0)],
+    "ring": [(DISC, 255), (around([0.55] * 40), 0)],
     "heart": [(heart(40), 255)],
-    "moon": [(DISC, 255), (around(lambda _: 0.8, 40, x=0.55, y=-0.15), 0)],
+    "moon": [(DISC, 255), (around([0.8] * 40, x=0.55, y=-0.15), 0)],
 }

@@ -7,36 +7,31 @@ its set of labels (section 3 of the paper). `save_tokenizer`, `tokenizer_config`
 
 import base64
 import gzip
-import hashlib
 import html
 import importlib.util
 import itertools
 import json
-import os
 import re
 import string
-import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from http.client import HTTPException
 from pathlib import Path
 from unicodedata import is_normalized
 
 import ftfy
 import regex
 import tiktoken
-from ftfy.badness import MOJIBAKE_CATEGORIES, is_bad
+from ftfy.badness import is_bad
+from tiktoken.load import check_hash, read_file_cached
 
 
 class UserError(Exception):
     """A mistake of the user, reported in one sentence: what is wrong, where, and what to do."""
 
 
-# ------------------------------------------------------------------------------------------------
-# From a caption to its labels.
-
 # How a caption is cut into words, each with the blank before it, as in GPT-2's tokenizer.
 WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+LETTERS = regex.compile(r"\p{L}+")  # the words of `WordTokenizer`
 
 # The function words of English, our own list. Table 7 of the paper removes such words.
 FUNCTION_WORDS = """
@@ -67,18 +62,12 @@ def drop_stopwords(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Lower-case the text, fold its white space, and put one blank before each word.
-
-    "Dog", "a dog" and "a  dog" then share a label. The paper's tokenizer lower-cases, too.
-    """
+    """Lower case, with one blank before each word: "Dog", "a dog" and "a  dog" share a label."""
     return " ".join(["", *text.lower().split()])
 
 
 def caption_tokens(caption: str, tokenizer, max_tokens=77, without_stopwords=False) -> list[int]:
-    """The ids of a caption's first `max_tokens` tokens, in order and with repeats.
-
-    They include no start, end or padding ids. An empty caption has no tokens.
-    """
+    """The ids of a caption's first `max_tokens` tokens: in order, repeats kept, no special ids."""
     text = drop_stopwords(caption) if without_stopwords else caption
     # CLIP's tokenizer repairs the text and replaces HTML entities before it lower-cases it.
     text = text if isinstance(tokenizer, ClipTokenizer) else plain(text)
@@ -90,13 +79,9 @@ def caption_labels(caption: str, tokenizer, max_tokens=77, without_stopwords=Fal
     return sorted(set(caption_tokens(caption, tokenizer, max_tokens, without_stopwords)))
 
 
-# ------------------------------------------------------------------------------------------------
-# CLIP's tokenizer, which the paper uses.
-
 CLIP_VOCAB = "bpe_simple_vocab_16e6.txt.gz"
 CLIP_URL = f"https://github.com/openai/CLIP/raw/main/clip/{CLIP_VOCAB}"
 CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-CLIP_SPECIAL = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
 
 # CLIP cuts text into English endings, runs of letters, single digits, and runs of anything else.
 # This finds all but the letters. CLIP ignores case, so a long s (ſ) counts as an s.
@@ -108,11 +93,6 @@ REPLACED = re.compile(
     r"[\x00-\x08\x0B\x0D-\x1F\x7F-\x9F\u0132\u0133\u0149\u01C4-\u01CC\u01F1-\u01F3\u02BC"
     r"\u2018-\u201F\u2028\u2029\u206A-\u206F\u3000\uD800-\uDFFF\uFB00-\uFB06\uFEFF\uFF01-\uFFFC]"
 )
-# Every text that its `is_bad` takes for wrongly decoded has one of these, which are faster to find.
-SUSPECT = re.compile(
-    "[{c1}{bad}{currency}{start_punctuation}{end_punctuation}{numeric}{upper_accented}{box}"
-    "Œœ×Ù°µ√≈‚Ђ]".format(**MOJIBAKE_CATEGORIES)
-)
 
 
 def repair(text: str) -> str:
@@ -121,11 +101,10 @@ def repair(text: str) -> str:
     Apart from single characters, it changes HTML entities, text that is not in normal form C, and
     wrongly decoded lines. ASCII text has neither of the last two.
     """
-    skip = not (REPLACED.search(text) or ("&" in text and ";" in text))
-    if skip and not text.isascii():
-        wrong = "\n" in text or (SUSPECT.search(text) and is_bad(text))
-        skip = not wrong and is_normalized("NFC", text)
-    return text if skip else ftfy.fix_text(text)
+    changed = REPLACED.search(text) or ("&" in text and ";" in text)
+    if not changed and not text.isascii():
+        changed = "\n" in text or is_bad(text) or not is_normalized("NFC", text)
+    return ftfy.fix_text(text) if changed else text
 
 
 class ClipTokenizer(tiktoken.Encoding):
@@ -149,8 +128,17 @@ class ClipTokenizer(tiktoken.Encoding):
         return super().encode_ordinary(" ".join(CLIP_CUT.split(text)) + " ")
 
 
-def read_clip(vocab: bytes) -> ClipTokenizer:
-    """CLIP's tokenizer, with 49,406 tokens and 2 special ones, from its vocabulary file."""
+def load_clip() -> ClipTokenizer:
+    """CLIP's tokenizer, with 49,406 tokens and 2 special ones.
+
+    Its vocabulary file comes from an installed package, else tiktoken fetches it once. Raises
+    OSError when it cannot be fetched and ValueError when it is not the published file.
+    """
+    packages = map(importlib.util.find_spec, ("open_clip", "clip"))  # without importing them
+    files = [Path(p.origin).with_name(CLIP_VOCAB) for p in packages if p and p.origin]
+    vocab = next((file.read_bytes() for file in files if file.is_file()), b"")
+    if not check_hash(vocab, CLIP_SHA256):
+        vocab = read_file_cached(CLIP_URL, CLIP_SHA256)
     # The file writes a byte as its Latin-1 character if that is visible, else as one from 256 on.
     # The ids of the bytes follow this order. A blank is written as Ġ.
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
@@ -158,53 +146,14 @@ def read_clip(vocab: bytes) -> ClipTokenizer:
     letters = {chr(b): bytes([b]) for b in visible}
     letters |= {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
     tokens = [*letters.values(), *(letter + b" " for letter in letters.values())]
-    # The first line is a title, and CLIP does not use the last merges.
-    merges = gzip.decompress(vocab).decode("utf-8").split("\n")
-    for merge in merges[1 : 1 + 49408 - len(CLIP_SPECIAL) - len(tokens)]:
+    # The first line is a title, and CLIP uses only as many merges as make 49,406 tokens.
+    merges = gzip.decompress(vocab).decode("utf-8").split("\n")[1:]
+    for merge in merges[: 49406 - len(tokens)]:
         token = merge.replace(" ", "").replace("</w>", "Ġ")
         tokens.append(b"".join(letters[c] for c in token))
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    return ClipTokenizer(
-        "clip", pat_str="[^ ]+ ", mergeable_ranks=ranks, special_tokens=CLIP_SPECIAL
-    )
-
-
-def clip_vocab() -> bytes:
-    """CLIP's vocabulary file: from an installed package or the cache, else fetched into the cache.
-
-    Raises:
-        UserError: when the file cannot be read or fetched, or is not the published one.
-    """
-    packages = [importlib.util.find_spec(name) for name in ("open_clip", "clip")]  # no import
-    folders = [Path(package.origin).parent for package in packages if package and package.origin]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclass"
-    files = [folder / CLIP_VOCAB for folder in (*folders, cache)]
-    file = next(filter(Path.is_file, files), files[-1])
-    source = file if file.is_file() else CLIP_URL
-    try:
-        if source == file:
-            vocab = file.read_bytes()
-        else:
-            print(f"fetching CLIP's vocabulary (1.3 MB) from {CLIP_URL} to {file}", flush=True)
-            with urllib.request.urlopen(CLIP_URL, timeout=30) as reply:
-                vocab = reply.read()
-        if hashlib.sha256(vocab).hexdigest() != CLIP_SHA256:
-            raise OSError("its SHA-256 is not that of the published file")
-        if source == CLIP_URL:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_bytes(vocab)
-            os.replace(part, file)
-    except (OSError, HTTPException) as error:
-        raise UserError(
-            f"cannot get CLIP's vocabulary from {source} ({error}): store {CLIP_URL} as {file}, or "
-            "pip install open_clip_torch, which contains it, or use --tokenizer bpe:512"
-        ) from None
-    return vocab
-
-
-# ------------------------------------------------------------------------------------------------
-# Other tokenizers.
+    special = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    return ClipTokenizer("clip", pat_str="[^ ]+ ", mergeable_ranks=ranks, special_tokens=special)
 
 
 def learn_bpe(captions: Iterable[str], vocab_size: int) -> dict[bytes, int]:
@@ -254,12 +203,8 @@ class WordTokenizer:
         self.words, self.unknown, self.n_vocab = words, unknown, len(words)
         self.ids = {word: i for i, word in enumerate(words)}
 
-    @staticmethod
-    def cut(text: str) -> list[str]:
-        return regex.findall(r"\p{L}+", text.lower())
-
     def encode_ordinary(self, text: str) -> list[int]:
-        return [self.ids[word] for word in self.cut(text) if word in self.ids]
+        return [self.ids[word] for word in LETTERS.findall(text.lower()) if word in self.ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(self.words[i] for i in ids)
@@ -267,12 +212,9 @@ class WordTokenizer:
 
 def learn_words(captions: Iterable[str], n: int) -> WordTokenizer:
     """A tokenizer of the n most frequent words; ties go to the word that sorts first."""
-    counts = Counter(word for caption in captions for word in WordTokenizer.cut(caption))
+    counts = Counter(word for caption in captions for word in LETTERS.findall(caption.lower()))
     if len(counts) < n:
-        raise UserError(
-            f"--tokenizer words:{n}: the captions have only {len(counts)} different words; use a "
-            "smaller number or more captions"
-        )
+        raise UserError(f"--tokenizer words:{n}: there are only {len(counts)} different words")
     words = sorted(counts, key=lambda word: (-counts[word], word))[:n]
     return WordTokenizer(words, 1 - sum(counts[word] for word in words) / counts.total())
 
@@ -283,22 +225,17 @@ class JsonTokenizer:
     Special and unknown tokens say nothing about an image, so their ids are never given.
     """
 
-    def __init__(self, text: str, path: str | Path):
-        try:
-            from tokenizers import Tokenizer
+    def __init__(self, text: str):
+        from tokenizers import Tokenizer  # a package that nothing else needs
 
-            self.text, self.model = text, Tokenizer.from_str(text)
-        except ImportError:
-            raise UserError(f"{path} needs another package: pip install tokenizers") from None
-        except Exception as error:  # the package raises no narrower class
-            raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
+        self.text, self.model = text, Tokenizer.from_str(text)
         self.model.no_truncation()
         self.model.no_padding()
         self.n_vocab = 1 + max(self.model.get_vocab().values())
-        added = self.model.get_added_tokens_decoder()
         model = json.loads(text)["model"]  # Unigram names its unknown token by id, others by text
-        unknown = (model.get("unk_id"), self.model.token_to_id(model.get("unk_token") or ""))
-        self.dropped = {*unknown, *(i for i, token in added.items() if token.special)}
+        self.dropped = {model.get("unk_id"), self.model.token_to_id(model.get("unk_token") or "")}
+        added = self.model.get_added_tokens_decoder()
+        self.dropped |= {i for i, token in added.items() if token.special}
         # Most tokenizers add the blank before a text themselves, and two blanks may be a token.
         ids = self.model.encode("a a", add_special_tokens=False).ids
         self.adds_blank = ids[: len(ids) // 2] * 2 == ids
@@ -316,14 +253,14 @@ def load_tokenizer(spec: str, captions: Iterable[str] | None = None):
     """A tokenizer with `.encode_ordinary(text)`, `.decode(ids)` and `.n_vocab`.
 
     Args:
-        spec: "bpe:N" or "words:N", at most N byte pairs or the N most frequent words of
-            `captions`; "clip", the paper's; the path of a Hugging Face `.json` file or of another
-            run's `.tiktoken` file; or a name that tiktoken knows, such as "gpt2".
+        spec: "bpe:N" or "words:N", at most N byte pairs or the N most frequent words of `captions`;
+            "clip", the paper's; the path of a Hugging Face `.json` or another run's `.tiktoken`
+            file; or a name that tiktoken knows, such as "gpt2".
     Raises:
-        UserError: for an unknown spec, an unusable or missing file, or too few words.
+        UserError: for an unknown spec, too few words, or an unusable or missing file.
     """
     kind, _, number = spec.partition(":")
-    if ":" in spec and kind in ("bpe", "words"):
+    if kind in ("bpe", "words"):
         least = 256 if kind == "bpe" else 1  # byte pairs begin with the 256 bytes
         if not number.isdecimal() or int(number) < least:
             raise UserError(f"--tokenizer {spec}: {kind}:N needs a number N of at least {least}")
@@ -331,30 +268,27 @@ def load_tokenizer(spec: str, captions: Iterable[str] | None = None):
             return learn_words(captions, int(number))
         ranks = learn_bpe(captions, int(number))
         return tiktoken.Encoding(spec, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
-    if spec == "clip":
-        return read_clip(clip_vocab())
     if spec.endswith(".json"):
         return read_tokenizer(spec, {"tokenizer_kind": "json"})
     if spec.endswith(".tiktoken"):
         config = {"tokenizer_kind": "bpe", "words": WORDS, "special_tokens": {}}
         beside = Path(spec).with_name("config.json")  # the rest of a run's tokenizer
-        return read_tokenizer(
-            spec, config | (json.loads(beside.read_text()) if beside.is_file() else {})
-        )
+        if beside.is_file():
+            config |= json.loads(beside.read_text())
+        return read_tokenizer(spec, config)
     names = tiktoken.list_encoding_names()
-    if spec not in names:
+    if spec not in ("clip", *names):
         raise UserError(
             f"unknown tokenizer '{spec}': use bpe:N, words:N, clip, a .json or .tiktoken file, or "
             f"one of {', '.join(names)}"
         )
     try:
-        return tiktoken.get_encoding(spec)
-    except OSError as error:
-        url = error.request.url if getattr(error, "request", None) else "its address"
+        return load_clip() if spec == "clip" else tiktoken.get_encoding(spec)
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer '{spec}' cannot be fetched from {url}: store that file, under the name "
-            f"{hashlib.sha1(url.encode()).hexdigest()}, in the folder that the environment "
-            "variable TIKTOKEN_CACHE_DIR names, or use --tokenizer bpe:512, which needs no network"
+            f"tokenizer '{spec}' cannot be fetched ({error}): fetch it where there is a network, "
+            "with the environment variable TIKTOKEN_CACHE_DIR naming a folder, and copy that here, "
+            "or use --tokenizer bpe:512 (for clip, pip install open_clip_torch also helps)"
         ) from None
 
 
@@ -384,14 +318,13 @@ def save_tokenizer(tokenizer) -> bytes:
 def read_tokenizer(path: str | Path, config: dict):
     """The tokenizer whose `save_tokenizer` is in the file and whose `tokenizer_config` is given.
 
-    Raises:
-        UserError: when the file cannot be read or is damaged.
+    Raises UserError when the file cannot be read or is damaged.
     """
     kind = config["tokenizer_kind"]
     try:
         content = Path(path).read_bytes()
         if kind == "json":
-            return JsonTokenizer(content.decode(), path)
+            return JsonTokenizer(content.decode())
         lines = [line.split() for line in content.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         if len(set(ranks.values())) < len(lines):
@@ -401,7 +334,7 @@ def read_tokenizer(path: str | Path, config: dict):
             return WordTokenizer(words, config["unknown_words"])
         if not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("single bytes are missing")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers package raises no narrower class
         raise UserError(f"tokenizer file {path} cannot be read or is damaged: {error}") from None
     encoding = ClipTokenizer if kind == "clip" else tiktoken.Encoding
     words, special = config["words"], config["special_tokens"]

@@ -1,18 +1,16 @@
 """Tokenizers: learned ones against slow ones, CLIP's against OpenCLIP's, and all of them stored."""
 
 import gzip
+import hashlib
 import html.entities
-import io
 import itertools
 import json
 import pickle
 import random
-import re
 import shutil
 import string
 import sys
 import types
-import urllib.error
 from collections import Counter
 from pathlib import Path
 from unicodedata import is_normalized
@@ -256,18 +254,6 @@ def test_ftfy_replaces_no_other_character():
         assert ftfy.fix_text(text, fix_encoding=False) == text
 
 
-def test_every_bad_text_has_a_suspect_character():
-    """All pairs and many triples of the other characters that `is_bad` looks for."""
-    spans = re.findall(r"([^\x00-\x7f])-([^\x00-\x7f])", BADNESS_RE.pattern)
-    looked_for = {c for c in BADNESS_RE.pattern if not c.isascii()}
-    looked_for |= {chr(c) for first, last in spans for c in range(ord(first), ord(last) + 1)}
-    others = [*filter(lambda c: not tok.SUSPECT.search(c), sorted(looked_for)), *"aZ1. "]
-    assert 100 < len(others) < 250
-    for first in others:
-        assert not is_bad("".join(first + second for second in others))
-        assert not is_bad("".join(random.Random(first).choices(others, k=3000)))
-
-
 def test_repair_of_wrongly_decoded_text_is_ftfys():
     """Random texts of the characters that ftfy's `is_bad` looks for, real ones among them."""
     rng = random.Random(0)
@@ -314,83 +300,79 @@ def test_clip_ids_fit_half_a_character(clip):
 def nowhere(tmp_path, monkeypatch):
     """No package, an empty cache, no network; returns the path of the cached file."""
 
-    def refuse(*_, **__):
-        raise urllib.error.URLError("no network")
+    def refuse(url):
+        raise requests.ConnectionError("no network")
 
     monkeypatch.setattr(tok.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(tok.urllib.request, "urlopen", refuse)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "superclass" / CLIP_VOCAB
+    monkeypatch.setattr(requests, "get", refuse)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / hashlib.sha1(tok.CLIP_URL.encode()).hexdigest()
 
 
 def serve(content: bytes, asked: list):
-    """An urlopen that answers every request with the content."""
+    """A `requests.get` that answers every request with the content."""
 
-    def urlopen(url, timeout):
-        asked.append((url, timeout))
-        return io.BytesIO(content)
+    def get(url):
+        asked.append(url)
+        return types.SimpleNamespace(content=content, raise_for_status=lambda: None)
 
-    return urlopen
+    return get
 
 
-def test_clip_vocabulary_is_fetched_once(nowhere, monkeypatch, capsys):
+def test_clip_vocabulary_is_fetched_once(nowhere, monkeypatch):
     asked = []
-    monkeypatch.setattr(tok.urllib.request, "urlopen", serve(VOCAB.read_bytes(), asked))
+    monkeypatch.setattr(requests, "get", serve(VOCAB.read_bytes(), asked))
     for _ in range(2):
         assert load_tokenizer("clip").n_vocab == 49408
-    assert asked == [(tok.CLIP_URL, 30)] and nowhere.read_bytes() == VOCAB.read_bytes()
+    assert asked == [tok.CLIP_URL] and nowhere.read_bytes() == VOCAB.read_bytes()
     assert list(nowhere.parent.iterdir()) == [nowhere]
-    assert capsys.readouterr().out.count("fetching") == 1
 
 
 def test_clip_vocabulary_is_looked_for_in_order(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for package in ("clip", "open_clip"):
         monkeypatch.delitem(sys.modules, package, raising=False)
     read, read_bytes = [], Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
-    cached = tmp_path / "cache" / "superclass" / CLIP_VOCAB
-    cached.parent.mkdir(parents=True)
-    shutil.copy(VOCAB, cached)
-    tok.clip_vocab()
+    monkeypatch.setattr(
+        tok, "read_file_cached", lambda *_: read.append("cache") or read_bytes(VOCAB)
+    )
+    tok.load_clip()
     for package in ("clip", "open_clip"):  # the second precedes the first
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')")
-        tok.clip_vocab()  # a package without the file
+        tok.load_clip()  # a package without the file
         shutil.copy(VOCAB, tmp_path / package)
-        tok.clip_vocab()
+        tok.load_clip()
     clip, open_clip = (tmp_path / package / CLIP_VOCAB for package in ("clip", "open_clip"))
-    assert read == [cached, cached, clip, clip, open_clip]
+    assert read == ["cache", "cache", clip, clip, open_clip]
 
 
 def test_missing_vocabulary_names_the_ways_out(nowhere):
     with pytest.raises(UserError, match="no network") as error:
         load_tokenizer("clip")
-    for way in (tok.CLIP_URL, str(nowhere), "open_clip_torch", "bpe:512"):
+    for way in ("TIKTOKEN_CACHE_DIR", "open_clip_torch", "bpe:512"):
         assert way in str(error.value)
 
 
-def test_wrong_vocabularies_are_refused_wherever_they_are(tmp_path, monkeypatch, nowhere):
+def test_wrong_vocabularies_are_never_used(tmp_path, monkeypatch, nowhere):
     wrong = gzip.compress(gzip.decompress(VOCAB.read_bytes()).replace(b"d og</w>", b"d oq</w>"))
-    monkeypatch.setattr(tok.urllib.request, "urlopen", serve(wrong, []))
-    with pytest.raises(UserError, match=f"{tok.CLIP_URL} .*SHA-256"):
-        load_tokenizer("clip")
-    assert not nowhere.parent.exists()  # nothing of it is kept
     nowhere.parent.mkdir(parents=True)
-    (tmp_path / "package").mkdir()
-    for file in (nowhere, tmp_path / "package" / CLIP_VOCAB):
-        file.write_bytes(wrong)
-        if file != nowhere:
-            found = types.SimpleNamespace(origin=str(file.with_name("__init__.py")))
-            monkeypatch.setattr(tok.importlib.util, "find_spec", lambda name, found=found: found)
-        with pytest.raises(UserError, match=f"{re.escape(str(file))} .*SHA-256"):
-            load_tokenizer("clip")
+    nowhere.write_bytes(wrong)
+    (tmp_path / CLIP_VOCAB).write_bytes(wrong)
+    package = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(tok.importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(requests, "get", serve(wrong, []))
+    with pytest.raises(UserError, match=f"Hash mismatch .*{tok.CLIP_URL}"):
+        load_tokenizer("clip")
+    assert not nowhere.exists()  # nothing of it is kept
+    monkeypatch.setattr(requests, "get", serve(VOCAB.read_bytes(), []))
+    assert load_tokenizer("clip").encode_ordinary("dog") == [1929]
 
 
 def test_unwritable_cache_is_reported(nowhere, monkeypatch):
-    monkeypatch.setattr(tok.urllib.request, "urlopen", serve(VOCAB.read_bytes(), []))
-    nowhere.parent.parent.write_text("a file in place of the folder")
+    monkeypatch.setattr(requests, "get", serve(VOCAB.read_bytes(), []))
+    nowhere.parent.write_text("a file in place of the folder")
     with pytest.raises(UserError, match="bpe:512"):
         load_tokenizer("clip")
 
@@ -511,14 +493,14 @@ def test_unusable_json_tokenizers_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "t.json"
     for content in ("{", "{}", "[1]", json.dumps({"model": {"type": "BPE"}})):
         path.write_text(content)
-        with pytest.raises(UserError, match=r"t\.json is not a Hugging Face tokenizer\.json"):
+        with pytest.raises(UserError, match=r"t\.json cannot be read or is damaged"):
             load_tokenizer(str(path))
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match="damaged"):
         load_tokenizer(str(path))
     train_json("wordpiece", path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match="pip install tokenizers"):
+    with pytest.raises(UserError, match=r"damaged: .*tokenizers"):
         load_tokenizer(str(path))
 
 
@@ -551,7 +533,7 @@ def test_tokenizers_come_back_the_same(spec, tmp_path, gpt, monkeypatch):
     path = tmp_path / "run" / "tokenizer.tiktoken"
     path.write_bytes(save_tokenizer(tokenizer))
     config = json.loads(json.dumps({"seed": 0, **tokenizer_config(tokenizer)}))
-    monkeypatch.setattr(tok, "clip_vocab", None)  # neither file nor network is needed
+    monkeypatch.setattr(tok, "load_clip", None)  # neither file nor network is needed
     monkeypatch.setattr(tiktoken, "get_encoding", None)
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     for again in (
@@ -617,5 +599,5 @@ def test_tokenizer_without_network_names_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(requests, "get", refuse)
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
-    with pytest.raises(UserError, match=r"https://.*TIKTOKEN_CACHE_DIR.*bpe:512"):
+    with pytest.raises(UserError, match=r"no network.*TIKTOKEN_CACHE_DIR.*bpe:512"):
         load_tokenizer("gpt2")
