@@ -34,22 +34,21 @@ import caption
 import data
 import run
 import sources
-from baselines import LOSSES, build_encoder, contrastive_loss, supervised_loss
+from baselines import LOSSES, contrastive_loss, supervised_loss
 from data import Batch, normalize
 from eval import measure, report
 from run import UserError, number
-from superclass import IDF, ViT, superclass_loss
+from superclass import IDF, superclass_loss
 from tokenizer import load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_config
 
 CLIP_GRAD = 1.0  # the largest norm of the gradient
+READS = {key: ["tokens"] for key in ("clip", "lit", "superclip")}  # besides images, by objective
+READS |= {"caption": ["tokens", "questions"]}
 PROBE_IMAGES = 10_000  # training images for the probe before and after training; eval.py takes all
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Pretrain with SuperClass.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
     objectives = ("superclass", "clip", "superclip", "lit", "caption", "supervised")
     add("--data", default="shapes", help="a built-in source, a folder, a table or .tar shards")
@@ -90,14 +89,11 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     train_source, val_source = run.open_sources(config)
     if str(train_source) != config.source:
         raise UserError(f"{config.data} has changed: it was {config.source}, now {train_source}")
-    B, micro_batch, accumulation = split_batch(config, world)
+    B, (micro_batch, accumulation) = config.batch_size, split_batch(config, world)
     steps = math.ceil(config.samples / B)
 
     torch.manual_seed(config.seed)  # the same weights on every process
     model, idf = run.build_model(config), IDF(config.vocab_size).to(device)
-    checkpoint = config.out / "checkpoint.pt"
-    if not checkpoint.exists():
-        load_pretrained(model, config, say)
     if world > 1 and device.type == "cuda":  # torch has this for GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
@@ -108,20 +104,20 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     progress = Progress(config, rank, world, device)
     parts = {"model": model, "idf": idf, "optimizer": optimizer, "scaler": scaler}
     parts["progress"] = progress
-    if checkpoint.exists():
-        state = run.read_checkpoint(config)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        say(f"resuming {config.out} at step {progress.step}")
-        del state  # it holds the weights a second time
+    load(parts, config, say)
     start = progress.step
-    if progress.total(torch.tensor(start)) != start * world:
+    if progress.total(start) != start * world:
         raise UserError(f"processes see different checkpoints: {config.out} must be shared storage")
 
     forward = torch.compile(model) if config.compile else model
     if world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    stream = make_stream(config, train_source, tokenizer, progress)
+    view = data.Augment(config.image_size, config.min_scale, config.flip, config.color_jitter)
+    reads = None if config.objective == "supervised" else tokenizer  # that needs no captions
+    prepare = data.Prepare(view, reads, config.seed, config.drop_stopwords)
+    place = sources.Start(start * B, config.lanes or 1, progress.lanes)
+    stream = data.TrainStream(train_source, prepare, config.seed, micro_batch, rank, world, place)
+    stream = data.batches(stream, config.workers, device, accumulation)
     say(
         f"data    {config.data}: {train_source}; {config.tokenizer}, {config.vocab_size:,} tokens\n"
         f"model   {config.model}, {config.image_size} px, {config.objective} on {device}\n"
@@ -134,9 +130,9 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
         if not config.no_first_eval:
             evaluate(trained, train_source, val_source, rank)
 
-    stop = catch_signals()
-    bar = tqdm(total=steps * B, initial=start * B, unit="img", unit_scale=True, disable=rank > 0)
     model.train()
+    bar = tqdm(total=steps * B, initial=start * B, unit="img", unit_scale=True, disable=rank > 0)
+    caught = catch_signals()
     with bar:  # closed whatever happens, so that messages have a line of their own
         for step in range(start, steps):
             lr = learning_rate(step, steps, config.warmup, config.lr)
@@ -151,9 +147,10 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
             loss = 0.0
             for i, part in enumerate(batch.split(micro_batch)):
                 last = i == accumulation - 1  # gradients are exchanged once a step
+                texts = [getattr(part, name) for name in READS.get(config.objective, [])]
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        outputs = forward(normalize(part.images), *other_inputs(config, part))
+                        outputs = forward(normalize(part.images), *texts)
                     if config.objective == "superclass" and config.loss == "softmax":
                         part_loss = superclass_loss(outputs, part.labels, weights)
                     else:
@@ -170,23 +167,26 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
 
             progress.add(loss, batch)
             bar.update(B)
-            stopping = progress.total(torch.tensor(len(stop))) > 0  # on any process
+            ending = progress.total(len(caught)) > 0 or progress.step == steps  # on all processes
             log = progress.step % config.log_every == 0 or progress.step == steps
-            due = progress.step % config.save_every == 0 or progress.step == steps or stopping
+            due = progress.step % config.save_every == 0 or ending
             if log or due:
                 progress.settle(norm, steps)
             if log:
                 bar.set_postfix_str(progress.log(lr, norm))
             if due:
                 save(parts, config, rank, world)
-            if stopping and progress.step < steps:
-                bar.close()
-                leave(config, progress.step, steps, stop, rank)
+            if ending:
+                break
 
     for signal_ in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_, signal.SIG_DFL)
+    if progress.step < steps:
+        again = f"python train.py --out {config.out} --resume"
+        say(f"stopped after step {progress.step} of {steps}; continue with: {again}")
+        sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
     evaluate(trained._replace(step=steps), train_source, val_source, rank)
-    if progress.skipped.total():
+    if progress.skipped:
         say(f"skipped beside {steps * B:,} good samples: {data.describe(progress.skipped)}")
     say(f"the run is in {config.out}")
 
@@ -206,13 +206,6 @@ def seed_step(seed: int, step: int, rank: int):
     """Make stochastic depth and dropout a function of these numbers, not of the process's past."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) >> 1)
-
-
-def other_inputs(config: argparse.Namespace, part: Batch) -> list[Tensor]:
-    """What a model reads besides images."""
-    if config.objective in ("superclass", "supervised"):
-        return []
-    return [part.tokens, part.questions] if config.objective == "caption" else [part.tokens]
 
 
 def other_loss(config: argparse.Namespace, outputs, part: Batch, weights: Tensor) -> Tensor:
@@ -243,51 +236,26 @@ def make_optimizer(model: nn.Module, config: argparse.Namespace, say) -> torch.o
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, config.beta2), eps=1e-6, fused=fused)
 
 
-def make_stream(
-    config: argparse.Namespace, source, tokenizer, progress: "Progress"
-) -> Iterator[Batch]:
-    """This process's share of one global batch after another, from where the run stands."""
-    rank, world, device = progress.rank, progress.world, progress.device
-    B, micro_batch, accumulation = split_batch(config, world)
-    view = data.Augment(config.image_size, config.min_scale, config.flip, config.color_jitter)
-    tokenizer = None if config.objective == "supervised" else tokenizer  # it needs classes alone
-    prepare = data.Prepare(view, tokenizer, config.seed, config.drop_stopwords)
-    start = sources.Start(progress.step * B, config.lanes or 1, progress.lanes)
-    stream = data.TrainStream(source, prepare, config.seed, micro_batch, rank, world, start)
-    return data.batches(stream, config.workers, device, accumulation)
-
-
 class Progress:
     """A run's book-keeping: what it must remember besides its weights, and metrics.jsonl.
 
-    Tensors are only looked at, which waits for the GPU, when a line or a checkpoint is due.
+    What is new stays on its process, and losses on the GPU, until a line or a checkpoint is due.
     """
 
     def __init__(self, config: argparse.Namespace, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.step, self.losses, self.skipped, self.lanes = 0, [], Counter(), {}
-        self.new_losses, self.new_skipped, self.reported = [], Counter(), set()
+        self.new_losses, self.new_bad, self.new_lanes = [], [], {}
         self.logged, self.since, self.waited = 0, None, 0.0  # since the last line of metrics.jsonl
 
     def state_dict(self) -> dict:
-        """Called by all processes, because each knows only the lanes that it reads."""
-        everyone = [self.lanes] * self.world
-        if self.world > 1:
-            dist.all_gather_object(everyone, self.lanes)
-        lanes = {lane: place for each in everyone for lane, place in each.items()}
         state = {"step": self.step, "losses": self.losses, "skipped": dict(self.skipped)}
-        return state | {"lanes": lanes}
+        return state | {"lanes": self.lanes}
 
     def load_state_dict(self, state: dict):
         """Also drops the lines of metrics.jsonl that a killed run wrote after its checkpoint."""
-        self.step, self.losses, self.skipped = (
-            state["step"],
-            state["losses"],
-            Counter(state["skipped"]),
-        )
-        self.logged, lanes = self.step, state["lanes"]
-        # Only those that this process reads: it would never move the others on.
-        self.lanes = {n: place for n, place in lanes.items() if n % self.world == self.rank}
+        self.step, self.losses, self.lanes = state["step"], state["losses"], state["lanes"]
+        self.skipped, self.logged = Counter(state["skipped"]), self.step
         path = self.config.out / "metrics.jsonl"
         kept = [line for line in run.read_jsonl(path) if line["step"] <= self.step]
         if self.rank == 0:
@@ -305,41 +273,39 @@ class Progress:
         """Count a step that was made."""
         self.step += 1
         self.new_losses.append(loss)
-        self.lanes |= batch.lanes
-        self.new_skipped.update(bad.kind for bad in batch.bad)
-        for bad in batch.bad:
-            if self.rank == 0 and bad.kind not in self.reported:
-                tqdm.write(f"skipping: {bad}", file=sys.stderr)
-                self.reported.add(bad.kind)
+        self.new_bad += batch.bad
+        self.new_lanes |= batch.lanes
 
     def settle(self, norm: Tensor, steps: int):
-        """Sum what is new over all processes; stop if a loss is not finite or too much data bad."""
-        losses = self.total(torch.stack(self.new_losses).cpu()) / self.world
-        self.losses += losses.tolist()
-        skipped = self.total(torch.tensor([self.new_skipped[kind] for kind in sources.KINDS]))
-        self.skipped.update(dict(zip(sources.KINDS, skipped.tolist(), strict=True)))
-        self.new_losses, self.new_skipped = [], Counter()
+        """Merge what is new on all processes; stop if a loss is not finite or too much data bad."""
+        new = torch.stack(self.new_losses).cpu(), self.new_bad, self.new_lanes
+        everyone = [new] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, new)
+        self.losses += (sum(losses for losses, _, _ in everyone) / self.world).tolist()
+        self.lanes |= {lane: place for *_, lanes in everyone for lane, place in lanes.items()}
+        for bad in (bad for _, some, _ in everyone for bad in some):
+            if self.rank == 0 and not self.skipped[bad.kind]:
+                tqdm.write(f"skipping: {bad}", file=sys.stderr)
+            self.skipped[bad.kind] += 1
+        self.new_losses, self.new_bad, self.new_lanes = [], [], {}
         first = self.step - len(self.losses) + 1
-        found = {f"loss of step {first + i}": loss for i, loss in enumerate(self.losses)}
+        found = {f"loss of step {step}": loss for step, loss in enumerate(self.losses, first)}
         if self.config.dtype != "float16":  # with fp16 this is normal, and the step is skipped
             found[f"gradient norm of step {self.step}"] = norm.item()
         for what, value in found.items():
             if not math.isfinite(value):
-                raise UserError(
-                    f"the {what} is {value}; the last checkpoint in {self.config.out} is intact: "
-                    "try a lower --lr"
-                )
+                raise UserError(f"the {what} is {value}: lower --lr; the last checkpoint is intact")
         seen = self.step * self.config.batch_size
         data.refuse_if_bad(seen, self.skipped, enough=1 if self.step == steps else 1000)
 
     def log(self, lr: float, norm: Tensor) -> str:
         """Write a line of metrics.jsonl; returns its main figures for the progress bar."""
-        now, steps = time.perf_counter(), self.step - self.logged
+        B, now, steps = self.config.batch_size, time.perf_counter(), self.step - self.logged
         seconds, loss = now - self.since, sum(self.losses) / len(self.losses)
-        line = {"step": self.step, "samples": self.step * self.config.batch_size, "loss": loss}
-        line |= {"lr": lr, "grad_norm": norm.item() if norm.isfinite() else None}
-        line |= {"skipped": self.skipped.total()}
-        line |= {"images_per_s": self.config.batch_size * steps / seconds}
+        line = {"step": self.step, "samples": self.step * B, "loss": loss, "lr": lr}
+        line |= {"grad_norm": norm.item() if norm.isfinite() else None}
+        line |= {"skipped": self.skipped.total(), "images_per_s": B * steps / seconds}
         line |= {"step_s": seconds / steps, "data_s": self.waited / steps}
         line |= {"peak_mb": run.peak_memory(self.device)}
         if self.rank == 0:
@@ -348,19 +314,36 @@ class Progress:
         self.losses, self.logged, self.since, self.waited = [], self.step, now, 0.0
         return text
 
-    def total(self, values: Tensor) -> Tensor:
-        """The sum of a CPU tensor over all processes."""
+    def total(self, number: int) -> int:
+        """The sum of a number over all processes."""
+        number = torch.tensor(number)
         if self.world > 1:
-            dist.all_reduce(values)
-        return values
+            dist.all_reduce(number)
+        return number.item()
+
+
+def load(parts: dict, config: argparse.Namespace, say):
+    """Restore all parts from the run's checkpoint, or start from the weights of --init and --lm."""
+    if not (config.out / "checkpoint.pt").exists():
+        return load_pretrained(parts["model"], config, say)
+    state = run.read_checkpoint(config)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    say(f"resuming {config.out} at step {parts['progress'].step}")
+
+
+def load_pretrained(model: nn.Module, config: argparse.Namespace, say):
+    if config.init:
+        run.init_encoder(model.encoder, Path(config.init), say)
+    if config.lm:
+        model.language_model.load_state_dict(caption.load_gpt2(config.lm).state_dict())
 
 
 def save(parts: dict, config: argparse.Namespace, rank: int, world: int):
     """Publish a checkpoint of all parts, and the encoder alone."""
-    state = {name: part.state_dict() for name, part in parts.items()}
     if rank == 0:
-        state["fingerprint"] = run.fingerprint(config)
-        run.publish(state, config.out / "checkpoint.pt")
+        state = {name: part.state_dict() for name, part in parts.items()}
+        run.publish(state | {"fingerprint": run.fingerprint(config)}, config.out / "checkpoint.pt")
         run.publish(parts["model"].encoder.state_dict(), config.out / "encoder.pt")
     if world > 1:
         dist.barrier()  # no process may exit while rank 0 is still writing
@@ -371,28 +354,15 @@ def evaluate(trained: run.Run, train_source, val_source, rank: int):
     scored = any(row["step"] == trained.step for row in run.own_rows(trained.folder))
     if rank or scored or not val_source:
         return
+    tasks = ["caption"] if trained.config.objective == "caption" else ["zeroshot"]
+    if tasks == ["zeroshot"] and train_source.attributes == val_source.attributes:
+        tasks += ["probe", "fewshot"]
+    options = {"limit": PROBE_IMAGES, "workers": trained.config.workers}
     try:
-        same_classes = list(train_source.attributes.values()) == list(
-            val_source.attributes.values()
-        )
-        tasks = ["zeroshot"] + ["probe", "fewshot"] * same_classes if val_source.attributes else []
-        tasks = ["caption"] if trained.config.objective == "caption" else tasks
-        if tasks:
-            options = {"limit": PROBE_IMAGES, "workers": trained.config.workers}
-            rows = measure(tasks, trained, train_source, val_source, **options)
-            print(f"after {trained.step:,} steps\n{report(rows, trained)}")
+        rows = measure(tasks, trained, train_source, val_source, **options)
+        print(f"after {trained.step:,} steps\n{report(rows, trained)}")
     except UserError as error:  # not a reason to lose the run
         print(f"no evaluation after {trained.step:,} steps: {error}", file=sys.stderr)
-
-
-def leave(config: argparse.Namespace, step: int, steps: int, stop: list[int], rank: int):
-    """Exit after a signal."""
-    if rank == 0:
-        print(
-            f"stopped after step {step} of {steps}; continue with: "
-            f"python train.py --out {config.out} --resume"
-        )
-    sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
 
 def catch_signals() -> list[int]:
@@ -416,11 +386,11 @@ def start_processes(device: str) -> tuple[int, int, torch.device]:
     """Rank, world size and device, from what torchrun sets; one process without it."""
     if "RANK" not in os.environ:
         return 0, 1, run.pick_device(device)
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif device.startswith("cuda:"):
+    if device.startswith("cuda:"):
         raise UserError(f"--device {device}: each of several processes has its own GPU")
-    device = run.pick_device("cpu" if device == "auto" else device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = run.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Rank 0 evaluates alone; the others wait for it, an hour at most.
@@ -429,10 +399,10 @@ def start_processes(device: str) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def split_batch(config: argparse.Namespace, world: int) -> tuple[int, int, int]:
-    """The global batch, a micro-batch, and the number of micro-batches of one process.
+def split_batch(config: argparse.Namespace, world: int) -> tuple[int, int]:
+    """The images of a micro-batch, and the number of micro-batches of one process.
 
-    Raises UserError if they do not fit together, or if the readers do not fit the lanes.
+    Raises UserError if the batch cannot be split like this, or if the readers do not fit the lanes.
     """
     B, micro_batch = config.batch_size, config.micro_batch or max(1, config.batch_size // world)
     if B % (micro_batch * world):
@@ -441,61 +411,60 @@ def split_batch(config: argparse.Namespace, world: int) -> tuple[int, int, int]:
         )
     whole = config.objective in ("clip", "lit", "superclip") or config.loss == "two_way"
     if whole and micro_batch * world != B:
-        objective = f"--objective {config.objective}"
-        what = "--loss two_way" if config.loss == "two_way" else objective
         raise UserError(
-            f"{what} compares the images of a batch with each other, so it cannot be split into "
-            "micro-batches: use more processes or a smaller --batch-size"
+            f"--objective {config.objective} with --loss {config.loss} compares all images of a "
+            "batch, so it cannot be split into micro-batches: use more processes"
         )
-    readers = world * max(1, config.workers)
-    if config.lanes and config.lanes % readers:
-        fitting = [str(n) for n in range(1, config.lanes + 1) if config.lanes % n == 0]
-        raise UserError(
-            f"{world} processes x {max(1, config.workers)} workers do not divide the run's "
-            f"{config.lanes} lanes: their product may be {', '.join(fitting)}"
-        )
-    return B, micro_batch, B // (micro_batch * world)
+    readers = f"{world} processes x {max(1, config.workers)} workers"
+    if config.lanes and config.lanes % (world * max(1, config.workers)):
+        raise UserError(f"{readers} do not divide the run's {config.lanes} lanes")
+    return micro_batch, B // (micro_batch * world)
 
 
 def start_run(config: argparse.Namespace, world: int, device: torch.device):
-    """Make the run's folder with its tokenizer and config.json; UserError if it holds a run."""
-    for name in ("config.json", "checkpoint.pt", "metrics.jsonl"):
-        if (config.out / name).exists():
-            raise UserError(
-                f"{config.out} already holds a run: continue it with --resume, or choose another "
-                "--out"
-            )
+    """Make the run's folder with its tokenizer and config.json; UserError if a flag is wrong."""
+    if (config.out / "config.json").exists():
+        raise UserError(f"{config.out} already holds a run: add --resume or choose another --out")
     source, _ = run.open_sources(config)
-    refuse_contradictions(config, source)
+    objective = f"--objective {config.objective}"
+    if config.loss != "softmax" and config.objective != "superclass":
+        raise UserError(f"--loss {config.loss} is for SuperClass, not for {objective}")
+    if config.no_idf and (config.loss != "softmax" or config.objective not in run.HEADS):
+        raise UserError("--no-idf is for SuperClass's softmax: nothing else has IDF weights")
+    if config.objective in ("lit", "caption") and not config.init:
+        raise UserError(f"{objective} needs a trained encoder to lock: name a run with --init")
+    if config.objective == "supervised" and not source.attributes:
+        raise UserError(f"{objective}: {config.data} has no classes to train on")
+    if config.lm and config.objective != "caption":
+        raise UserError(f"--lm is for --objective caption, not for {objective}")
     if isinstance(source, sources.Shards):
         config.lanes = config.lanes or world * max(1, config.workers)
-        if len(source.urls) < config.lanes:
-            print(
-                f"lanes   {config.lanes} share {len(source.urls)} shards: each is read repeatedly"
-            )
+    split_batch(config, world)
+
     tokenizer = load_tokenizer(config.tokenizer, source.captions(50_000))
+    if getattr(tokenizer, "unknown", 0):
+        print(f"words   {tokenizer.unknown:.1%} of the captions' words are not among the labels")
     config.classes, config.source = source.attributes, str(source)
     config.vocab_size, config.mean, config.std = tokenizer.n_vocab, data.MEAN, data.STD
     config.dtype, config.lm_shape = run.pick_precision(config.precision, device), None
     vars(config).update(tokenizer_config(tokenizer))
-    if getattr(tokenizer, "unknown", 0):
-        print(f"words   {tokenizer.unknown:.1%} of the captions' words are not among the labels")
+
     if config.lm:
-        lm = caption.load_gpt2(config.lm)
-        config.lm_shape = lm.shape
-        if lm.vocab_size != tokenizer.n_vocab:
-            raise UserError(
-                f"--lm {config.lm} knows {lm.vocab_size:,} tokens and --tokenizer "
-                f"{config.tokenizer} has {tokenizer.n_vocab:,}: use --tokenizer gpt2"
-            )
-    model = run.build_model(config)
-    load_pretrained(model, config, say=lambda *_: None)  # refuse what does not fit
-    if config.lm:
-        prefix = model.project(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]
-        if prefix + 2 * 77 + 1 > lm.max_tokens:  # a question, the mark, an answer
-            raise UserError(
-                f"--lm {config.lm} reads {lm.max_tokens} tokens, too few after {prefix}"
-            )
+        config.lm_shape = caption.load_gpt2(config.lm).shape
+        known, wrong = config.lm_shape[0], f"--tokenizer {config.tokenizer} has {tokenizer.n_vocab}"
+        if known != tokenizer.n_vocab:
+            raise UserError(f"--lm knows {known} tokens, {wrong}: use --tokenizer gpt2")
+    try:
+        model = run.build_model(config).eval()  # a batch norm cannot train on one image
+        if config.objective == "caption":  # the longest question and answer must fit
+            longest = torch.zeros(1, 77, dtype=torch.int64)
+            model(torch.zeros(1, 3, config.image_size, config.image_size), longest, longest)
+    except ValueError as error:
+        raise UserError(f"--model {config.model}, {config.image_size} px: {error}") from None
+    if config.grad_checkpointing and not hasattr(model.encoder, "grad_checkpointing"):
+        raise UserError(f"--grad-checkpointing is for the ViT, not for {config.model}")
+    load_pretrained(model, config, say=lambda *_: None)
+
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -505,81 +474,40 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
     run.publish(json.dumps(stored, indent=2) + "\n", config.out / "config.json")
 
 
-def refuse_contradictions(config: argparse.Namespace, source: sources.Pairs | sources.Shards):
-    """Raise UserError for flags that contradict each other or the source."""
-    objective = f"--objective {config.objective}"
-    softmax = config.objective in run.HEADS and config.loss == "softmax"
-    try:
-        is_vit = isinstance(build_encoder(config.model, config.image_size), ViT)
-    except ValueError as error:
-        raise UserError(f"--model {config.model}, {config.image_size} px: {error}") from None
-    if config.loss != "softmax" and config.objective != "superclass":
-        raise UserError(f"--loss {config.loss} is for SuperClass, not for {objective}")
-    if config.no_idf and not softmax:
-        raise UserError("--no-idf is for SuperClass's softmax: nothing else has IDF weights")
-    if config.objective in ("lit", "caption") and not config.init:
-        raise UserError(f"{objective} needs a trained encoder to lock: name a run with --init")
-    if config.objective == "supervised" and not source.attributes:
-        raise UserError(f"{objective}: {config.data} has no classes to train on")
-    if config.lm and config.objective != "caption":
-        raise UserError(f"--lm is for --objective caption, not for {objective}")
-    if config.grad_checkpointing and not is_vit:
-        raise UserError(f"--grad-checkpointing is for the ViT, not for {config.model}")
-    if config.lanes and not isinstance(source, sources.Shards):
-        raise UserError(f"--lanes is for shards: {config.data} has one order for any split")
-
-
-def load_pretrained(model: nn.Module, config: argparse.Namespace, say):
-    """Load the weights that --init and --lm name."""
-    if config.init:
-        run.init_encoder(model.encoder, Path(config.init), say)
-    if config.lm:
-        model.language_model.load_state_dict(caption.load_gpt2(config.lm).state_dict())
-
-
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """All flags, and those that were given."""
-    parser, unset = make_parser(), object()
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
+    """The flags, and whether a run is resumed: then they are its own, with the given changes."""
+    parser = make_parser()
     config = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(config), unset))
-    given = vars(parser.parse_args(argv, blank))
-    given = {key: value for key, value in given.items() if value is not unset}
-    if config.out is None:
-        name = re.sub(r"\W+", "-", Path(config.data).stem).strip("-")
-        config.out = Path("runs") / (name or "run")
+    blank = argparse.Namespace(**dict.fromkeys(vars(config)))
+    given = {k: v for k, v in vars(parser.parse_args(argv, blank)).items() if v is not None}
+    name = re.sub(r"\W+", "-", Path(config.data).stem).strip("-") or "run"
+    config.out = config.out or Path("runs") / name
+    if config.resume and (config.out / "config.json").exists():
+        resumed = run.read_config(config.out)
+        for key, value in given.items():
+            own = vars(resumed).get(key)
+            if key not in run.MAY_CHANGE and value != own:
+                started = f"{config.out} was started with --{key.replace('_', '-')} {own}"
+                raise UserError(f"{started}, it cannot go on with {value}")
+        vars(resumed).update(given)
+        return resumed, True
     if config.init and Path(config.init).is_dir():  # its model and image size, if none were given
         first = vars(run.read_config(Path(config.init)))
         vars(config).update({key: first[key] for key in {"model", "image_size"} - given.keys()})
-    return config, given
-
-
-def resume_run(folder: Path, given: dict) -> dict:
-    """The flags that change; raises UserError for one that contradicts the run's own."""
-    config = vars(run.read_config(folder))
-    for key, value in given.items():
-        if key not in run.MAY_CHANGE and value != config[key]:
-            flag = "--" + key.replace("_", "-")
-            raise UserError(
-                f"{folder} was started with {flag} {config[key]}, it cannot go on with {value}"
-            )
-    return {key: value for key, value in given.items() if key in run.MAY_CHANGE}
+    return config, False
 
 
 def main(argv: list[str] | None = None):
     # Loader processes ignore SIGTERM, and Python would wait for them at its end.
     atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
     try:
-        config, given = parse(argv)
-        resumed = config.resume and (config.out / "config.json").exists()
-        changes = {"out": config.out} | (resume_run(config.out, given) if resumed else {})
-        rank, world, device = start_processes(given.get("device", config.device))
+        config, resumed = parse(argv)
+        rank, world, device = start_processes(config.device)
         if rank == 0 and not resumed:
-            split_batch(config, world)
             start_run(config, world, device)
         if world > 1:
             dist.barrier()
-        config = run.read_config(config.out)
-        vars(config).update(changes)
+        config = config if resumed else run.read_config(config.out)
         train(config, rank, world, device)
         if world > 1:
             dist.destroy_process_group()
