@@ -367,6 +367,8 @@ def measure_captions(run: Run, val, options: dict) -> dict:
             key = hash((image.numpy().tobytes(), question))
             found.setdefault(key, text)["references"].append(reference)
     texts = list(found.values())
+    if not any(text["generated"] for text in texts):
+        raise UserError(f"all {len(texts)} generated texts are empty: train longer")
     runs.publish("".join(json.dumps(text) + "\n" for text in texts), run.folder / "captions.jsonl")
     score = cider([text["generated"] for text in texts], [text["references"] for text in texts])
     exact = sum(text["generated"] in text["references"] for text in texts) / len(texts)

@@ -415,15 +415,19 @@ def split_batch(config: argparse.Namespace, world: int) -> tuple[int, int]:
             f"--objective {config.objective} with --loss {config.loss} compares all images of a "
             "batch, so it cannot be split into micro-batches: use more processes"
         )
-    readers = f"{world} processes x {max(1, config.workers)} workers"
-    if config.lanes and config.lanes % (world * max(1, config.workers)):
-        raise UserError(f"{readers} do not divide the run's {config.lanes} lanes")
+    readers, lanes = world * max(1, config.workers), config.lanes
+    if lanes and lanes % readers:
+        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        raise UserError(
+            f"{world} processes x {max(1, config.workers)} workers do not divide the run's {lanes} "
+            f"lanes: their product may be {fitting}"
+        )
     return micro_batch, B // (micro_batch * world)
 
 
 def start_run(config: argparse.Namespace, world: int, device: torch.device):
     """Make the run's folder with its tokenizer and config.json; UserError if a flag is wrong."""
-    if (config.out / "config.json").exists():
+    if any((config.out / name).exists() for name in ("config.json", "checkpoint.pt")):
         raise UserError(f"{config.out} already holds a run: add --resume or choose another --out")
     source, _ = run.open_sources(config)
     objective = f"--objective {config.objective}"
@@ -439,6 +443,12 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
         raise UserError(f"--lm is for --objective caption, not for {objective}")
     if isinstance(source, sources.Shards):
         config.lanes = config.lanes or world * max(1, config.workers)
+        if len(source.urls) < config.lanes:
+            print(
+                f"lanes   {config.lanes} share {len(source.urls)} shards: each is read repeatedly"
+            )
+    elif config.lanes:
+        raise UserError(f"--lanes is for shards: {config.data} has one order for any split")
     split_batch(config, world)
 
     tokenizer = load_tokenizer(config.tokenizer, source.captions(50_000))

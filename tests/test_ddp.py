@@ -62,7 +62,7 @@ def test_processes_workers_and_micro_batches_are_the_same_run(
 
 def test_a_split_that_does_not_divide_the_lanes_is_refused(capsys, whole, tmp_path):
     flags = train_flags(whole / "shards", tmp_path / "run", *TWENTY, "--workers", "3")
-    fitting = "do not divide the run's 4 lanes"
+    fitting = "do not divide the run's 4 lanes: their product may be 1, 2, 4"
     assert f"1 processes x 3 workers {fitting}" in refused(capsys, *flags)
     assert not (tmp_path / "run").exists()
     error = refused(capsys, "--out", whole / "one", "--resume", "--workers", "8")

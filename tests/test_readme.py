@@ -21,14 +21,14 @@ PARSERS["show.py"] = show.make_parser
 def commands(page: Path) -> list[list[str]]:
     """The words of each command of a page's shell blocks, with NAME="..." put in for $NAME."""
     found, variables = [], {}
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), flags=re.S):
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
             for name, value in variables.items():
                 line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
             if assigned := re.fullmatch(r'(\w+)="(.*)"', line.strip()):
                 variables[assigned[1]] = assigned[2]
-            for part in re.split(r"&&|\|", line.split(" #")[0]):
-                if words := shlex.split(part):
+            for part in re.split(r"&&|\|", re.sub(r"(^|\s)#.*", "", line)):
+                if words := shlex.split(part, comments=True):
                     found.append(words)
     return found
 

@@ -379,7 +379,7 @@ def test_flags_that_contradict_the_objective_are_refused(capsys, classes, pairs,
         (["--lm", "gpt2.bin"], "--lm is for --objective caption"),
         (["--model", "resnet50", "--grad-checkpointing"], "--grad-checkpointing is for the ViT"),
         (["--model", "resnet50", "--image-size", "24"], "32 px or more"),
-        (["--tokenizer", "words:5000"], "the captions have only"),
+        (["--tokenizer", "words:5000"], "there are only 6 different words"),
     ):
         assert message in refused(capsys, *train_flags(classes, tmp_path / "run", *flags))
     flags = train_flags(pairs, tmp_path / "run", "--objective", "supervised")
