@@ -189,17 +189,13 @@ class Batch(NamedTuple):
 
 
 class Piece:
-    """A worker's share of a batch, with one tensor of images, which is quick to send and to pin."""
+    """A worker's share of a batch, with one tensor of images, which is quick to send."""
 
     def __init__(self, samples: list[Sample], places: list, bad: list[BadSample], lanes: dict):
         images = [sample.image for sample in samples]
         self.images = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
         self.samples = [sample._replace(image=None) for sample in samples]
         self.places, self.bad, self.lanes = places, bad, lanes
-
-    def pin_memory(self):
-        self.images = self.images.pin_memory()
-        return self
 
 
 class TrainStream(IterableDataset):
@@ -265,7 +261,6 @@ def batches(
         dataset,
         batch_size=None,
         num_workers=workers,
-        pin_memory=device.type == "cuda",
         worker_init_fn=init_worker,
     )
     pieces = iter(loader)
@@ -293,15 +288,16 @@ def join(pieces: list[Piece], device: torch.device) -> Batch:
     order = sorted(range(len(places)), key=places.__getitem__)
     samples = [sample for piece in pieces for sample in piece.samples]
     samples = [samples[i] for i in order]
-    images = [piece.images.to(device, non_blocking=True) for piece in pieces]
-    if len(images) > 1:  # index_select is several times faster than indexing
-        images = [torch.cat(images).index_select(0, torch.tensor(order, device=device))]
+    # numpy, because torch would wait for threads that the loaders keep busy.
+    images = [piece.images.numpy() for piece in pieces if piece.samples] or [pieces[0].images]
+    images = torch.from_numpy(np.concatenate(images)[order])
+    images = images.pin_memory() if device.type == "cuda" else images
     labels = pad([sorted(set(sample.tokens)) for sample in samples], side="left")
     columns = [pad([sample[i] for sample in samples]) for i in (1, 2, 3)]  # tokens to targets
-    texts = [ids.to(device, non_blocking=True) for ids in (labels, *columns)]
+    tensors = [x.to(device, non_blocking=True) for x in (images, labels, *columns)]
     lanes = {lane: place for piece in pieces for lane, place in piece.lanes.items()}
     bad = [sample for piece in pieces for sample in piece.bad]
-    return Batch(images[0], *texts, [places[i] for i in order], bad, lanes)
+    return Batch(*tensors, [places[i] for i in order], bad, lanes)
 
 
 def pad(rows: list[list[int]], side: str = "right") -> Tensor:
