@@ -43,6 +43,8 @@ class ConvNet(nn.Sequential):
 def build_encoder(name: str, image_size: int) -> nn.Module:
     """`superclass.build_encoder`, which builds a ViT, and "resnet50" and "convnext_tiny".
 
+    ResNet-50's batch norm sees one micro-batch (on GPUs, those of all processes), so its results
+    depend on the split.
     Raises ValueError for another name and for an image size that does not fit.
     """
     if name not in ConvNet.WIDTHS:

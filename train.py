@@ -57,7 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--objective", default="superclass", choices=objectives, help="what is learned")
     add("--loss", default="softmax", choices=("softmax", *LOSSES), help="of superclass")
     add("--no-idf", action="store_true", help="softmax: weight all tokens of a caption equally")
-    add("--model", default="XS/8", help="SIZE/PATCH, such as B/16; resnet50, convnext_tiny")
+    add(
+        "--model",
+        default="XS/8",
+        help="SIZE/PATCH, as B/16; resnet50 (varies with the split), convnext_tiny",
+    )
     add("--init", help="start from the encoder of a run, or of a file with timm's names")
     add("--lm", help="caption: the weights of a published GPT-2, which stays frozen")
     add("--prefix", default="patches", choices=("patches", "pooled"), help="caption: what is read")
