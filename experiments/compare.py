@@ -1,24 +1,35 @@
 """SuperClass, its variants, CLIP and others on icons with their designers' captions.
 
-    python experiments/compare.py --samples 307200 --seeds 1 2 3
+    python experiments/compare.py --samples 102400 --seeds 1 2 3
 
 Needs data/icons, which icons.py builds. All rows share encoder, data, order, schedule and seeds;
-only the objective differs, or the labels. The learning rate of a row is the one of RATES with the
-lowest training loss at the end of a run a sixth as long, with seed 0 and no image seen twice. The
-prompts of zero-shot are the PROMPTS that score best on labelled icons of the training sets that
-were kept out of training. The command can be stopped and repeated; it goes on where it was.
+only the objective differs, or the labels. Whatever is chosen is chosen on labelled icons of the
+training sets that were kept out of training, never on the test: a row's learning rate, the best of
+RATES in a run of a quarter of the length with seed 0, and the prompts of its zero-shot. `equal time`
+is SuperClass with as many images as it sees in the time that CLIP needs. The command can be stopped
+and repeated; it goes on where it was.
 """
 
 import argparse
+import functools
+import json
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
-from common import cell, print_table, read_jsonl, score, train_all
+import torch
+from common import cell, finished, print_table, train_all
 
-ICONS = "data/icons"
+import eval as evaluation
+from baselines import CLIP
+from run import load_run, publish
+from sources import load_source
+
+ICONS, PLACE = "data/icons", Path("runs/icons")
+BATCH = 256
 FLAGS = ["--data", f"{ICONS}/train-*.tar", "--class-names", f"{ICONS}/classes.txt"]
-FLAGS += ["--tokenizer", "bpe:2048", "--batch-size", "256", "--warmup", "100", "--workers", "1"]
-FLAGS += ["--lanes", "4", "--precision", "fp32"]
+FLAGS += ["--tokenizer", "bpe:2048", "--batch-size", str(BATCH), "--workers", "1"]
+FLAGS += ["--precision", "fp32", "--no-first-eval"]
 ROWS = {
     "superclass": [],
     "no-idf": ["--no-idf"],
@@ -31,94 +42,124 @@ ROWS = {
     "soft-margin": ["--loss", "soft_margin"],
     "two-way": ["--loss", "two_way"],
     "supervised": ["--objective", "supervised", "--data", f"{ICONS}/labelled-*.tar"],
-    "lit": ["--objective", "lit", "--init", "runs/icons/superclass-SAMPLES-SEED"],
+    "lit": ["--objective", "lit", "--init", str(PLACE / "superclass-SAMPLES-SEED")],
 }
 RATES = ("1e-3", "2e-3", "4e-3")
 PROMPTS = [["{}"], ["a {}"], ["{} outline"], ["{} icon"], ["{}", "{} outline", "{} filled"]]
 PROMPTS += [["a {}", "a photo of a {}", "a picture of the {}"]]
+SCORES = ("zero-shot", "head", "rare", "probe", "10-shot", "retrieval")
 
 
 def flags(row: str, samples: int, seed: int, rate: str) -> list[str]:
+    """The command line of a run; a tenth of its steps is warm-up."""
     own = [flag.replace("SAMPLES", str(samples)).replace("SEED", str(seed)) for flag in ROWS[row]]
-    return [*FLAGS, *own, "--samples", str(samples), "--seed", str(seed), "--lr", rate]
+    own += ["--samples", str(samples), "--warmup", str(samples // BATCH // 10)]
+    return [*FLAGS, *own, "--seed", str(seed), "--lr", rate]
+
+
+@torch.inference_mode()
+def measure(folder: Path, held_out_only: bool = False) -> dict:
+    """All scores of a run, kept in its folder; or just those on held-out icons of training."""
+    kept = folder / ("held-out.json" if held_out_only else "scores.json")
+    if kept.exists():
+        return json.loads(kept.read_text())
+    torch.set_num_threads(1)
+    run = load_run(folder, torch.device("cpu"))
+    open_source = functools.partial(load_source, split="val", class_names=f"{ICONS}/classes.txt")
+    extract = functools.partial(evaluation.extract, run, workers=0)
+    classify = functools.partial(evaluation.classify, run)
+
+    held = open_source(f"{ICONS}/prompts-*.tar")
+    (names,) = held.attributes.values()
+    x, y, _ = extract(held)
+    asked = [None] if run.config.objective == "supervised" else PROMPTS
+    tried = [top1(classify("zeroshot", 0, names, x, {"prompts": p}), y) for p in asked]
+    found = {"held out": max(tried), "prompts": asked[tried.index(max(tried))]}
+    if not held_out_only:
+        val, labelled = (open_source(f"{ICONS}/{name}-*.tar") for name in ("val", "labelled"))
+        x, y, _ = extract(val)
+        options = {"prompts": found["prompts"]}
+        found["zero-shot"] = top1(classify("zeroshot", 0, names, x, options), y)
+        if isinstance(run.model, CLIP) and hasattr(run.model, "head"):  # SuperCLIP has both
+            found["head"] = top1(classify("head", 0, names, x, {}), y)
+        if run.config.objective != "supervised":
+            rare = load_source(f"{ICONS}/rare-*.tar", "val", class_names=f"{ICONS}/rare.txt")
+            x_rare, y_rare, _ = extract(rare)
+            (rare_names,) = rare.attributes.values()
+            found["rare"] = top1(classify("zeroshot", 0, rare_names, x_rare, options), y_rare)
+            asked = {"limit": None, "workers": 0}
+            found["retrieval"] = evaluation.measure_retrieval(run, val, asked)["i2t@1"]
+        train, labels, _ = extract(labelled)
+        train, labels = train.clone(), labels[:, 0].clone()  # the probe needs gradients
+        with torch.inference_mode(False):
+            found["probe"] = top1(evaluation.probe(train, labels, x.clone(), len(names))[0], y)
+        shots = [evaluation.fewshot(train, labels, x, len(names), 10, n) for n in range(3)]
+        found["10-shot"] = sum(top1(scores, y) for scores in shots) / len(shots)
+        found |= {key: finished(folder)[1][key] for key in ("images/s", "minutes")}
+    publish(json.dumps(found), kept)
+    return found
+
+
+def top1(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    return evaluation.top1(scores, targets.flatten())
 
 
 def main():
     parser = argparse.ArgumentParser(description="Compare objectives on icons.")
-    parser.add_argument("--samples", type=int, default=307_200)
+    parser.add_argument("--samples", type=int, default=102_400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
-    place, short = Path("runs/icons"), args.samples // 6
+    samples, seeds, rows = args.samples, args.seeds, args.rows
+    with ProcessPoolExecutor(args.jobs) as pool:
+        best = choose_rates(samples // 4, [row for row in rows if row != "lit"], args.jobs, pool)
+        best["lit"] = best.get("clip", "2e-3")  # its text tower is CLIP's
 
-    sweep = {
-        (row, rate): place / f"sweep-{row}-{short}-{rate}" for row in args.rows for rate in RATES
-    }
-    swept = {
-        folder: flags(row, short, 0, rate) for (row, rate), folder in sweep.items() if row != "lit"
-    }
-    train_all(swept, args.jobs)
-    best = {
-        row: min(RATES, key=lambda rate: last_loss(sweep[row, rate]))
-        for row in args.rows
-        if row != "lit"
-    }
-    best["lit"] = best.get("clip", "2e-3")  # its text tower is CLIP's
-    runs = {}
-    for seed in args.seeds:
-        for row in sorted(args.rows, key=lambda row: row == "lit"):  # it starts from another row
-            runs[place / f"{row}-{args.samples}-{seed}"] = flags(row, args.samples, seed, best[row])
-    locked = {folder: own for folder, own in runs.items() if "lit" in folder.name}
-    train_all({folder: own for folder, own in runs.items() if folder not in locked}, args.jobs)
-    train_all(locked, args.jobs)
+        def run_all(names: list[str], samples: int) -> dict[str, list[dict]]:
+            folders = {row: [PLACE / f"{row}-{samples}-{seed}" for seed in seeds] for row in names}
+            pairs = [(row, s, f) for row in names for s, f in zip(seeds, folders[row], strict=True)]
+            # Seed by seed, so that a command that is stopped has whole seeds.
+            pairs.sort(key=lambda pair: seeds.index(pair[1]))
+            train_all({f: flags(row, samples, s, best[row]) for row, s, f in pairs}, args.jobs)
+            return {row: list(pool.map(measure, folders[row])) for row in names}
 
-    head = ["run", "lr", "seeds", "zero-shot", "prompts", "rare zero-shot", "probe", "10-shot"]
-    head += ["caption R@1", "images/s", "minutes"]
+        found = run_all([row for row in rows if row != "lit"], samples)
+        if "lit" in rows:  # starts from the runs of another row
+            found |= run_all(["lit"], samples)
+        show(found, best, samples)
+        if {"superclass", "clip"} <= set(rows):
+            minutes = {row: median(f["minutes"] for f in found[row]) for row in found}
+            longer = round(samples * minutes["clip"] / minutes["superclass"] / BATCH) * BATCH
+            found = run_all(["superclass"], longer)
+            show({"superclass, equal time": found["superclass"]}, best, longer)
+
+
+def choose_rates(samples: int, rows: list[str], jobs: int, pool) -> dict[str, str]:
+    """The learning rate of each row that is best on the held-out icons of training."""
+    sweep = {(row, r): PLACE / f"sweep-{row}-{samples}-{r}" for row in rows for r in RATES}
+    train_all({f: flags(row, samples, 0, r) for (row, r), f in sweep.items()}, jobs)
+    found = pool.map(functools.partial(measure, held_out_only=True), sweep.values())
+    scores = dict(zip(sweep, (scores["held out"] for scores in found), strict=True))
+    for row in rows:
+        print(row, *(f"{rate}: {scores[row, rate]:.3f}" for rate in RATES), flush=True)
+    return {row: max(RATES, key=lambda rate: scores[row, rate]) for row in rows}
+
+
+def show(found: dict[str, list[dict]], best: dict[str, str], samples: int):
+    print(f"\n{samples:,} images\n")
     lines = []
-    for row in args.rows:
-        found = [measure(row, place / f"{row}-{args.samples}-{seed}") for seed in args.seeds]
-        columns = [[scores[key] for scores in found if key in scores] for key in KEYS]
-        cells = [cell(values) if values else "" for values in columns]
-        prompts = " / ".join(found[0].get("prompts", []))
-        lines.append([row, best[row], str(len(found)), cells[0], prompts, *cells[1:]])
-        lines[-1] += [f"{median(f['images/s'] for f in found):.0f}"]
-        lines[-1] += [f"{median(f['minutes'] for f in found):.1f}"]
-    print_table(head, lines)
-
-
-KEYS = ("zero-shot", "rare", "probe", "10-shot", "i2t@1")
-
-
-def last_loss(folder: Path) -> float:
-    return mean(line["loss"] for line in read_jsonl(folder / "metrics.jsonl")[-3:])
-
-
-def measure(row: str, folder: Path) -> dict:
-    """All scores of a run, of its head where it has one and no text tower."""
-    names = ["--class-names", f"{ICONS}/classes.txt"]
-    val, labelled = f"{ICONS}/val-*.tar", f"{ICONS}/labelled-*.tar"
-    metrics = read_jsonl(folder / "metrics.jsonl")
-    before = [0, *(line["step"] for line in metrics)]
-    steps = [line["step"] - b for line, b in zip(metrics, before, strict=False)]
-    seconds = sum(line["step_s"] * n for line, n in zip(metrics, steps, strict=True))
-    found = {"images/s": median(line["images_per_s"] for line in metrics), "minutes": seconds / 60}
-    for name, task in (("probe", "probe"), ("10-shot", "fewshot")):
-        flags = ["--data", labelled, "--val-data", val, *names]
-        found[name] = score(folder, task, *flags)["top1"]
-    if row == "supervised":
-        return found | {"zero-shot": score(folder, "zeroshot", "--data", val, *names)["top1"]}
-    asked = {tuple(prompts): [f for p in prompts for f in ("--prompt", p)] for prompts in PROMPTS}
-    held = {
-        prompts: score(folder, "zeroshot", "--data", f"{ICONS}/prompts-*.tar", *names, *flags)
-        for prompts, flags in asked.items()
-    }
-    best = max(held, key=lambda prompts: held[prompts]["top1"])
-    rare = ["--data", f"{ICONS}/rare-*.tar", "--class-names", f"{ICONS}/rare.txt"]
-    found["zero-shot"] = score(folder, "zeroshot", "--data", val, *names, *asked[best])["top1"]
-    found["rare"] = score(folder, "zeroshot", *rare, *asked[best])["top1"]
-    found["i2t@1"] = score(folder, "retrieval", "--data", val)["i2t@1"]
-    return found | {"prompts": list(best)}
+    for row, runs in found.items():
+        columns = [[scores[key] for scores in runs if key in scores] for key in SCORES]
+        line = [row, best[row.split(",")[0]], str(len(runs))]
+        line += [cell(values) if values else "" for values in columns]
+        line += [f"{median(scores['images/s'] for scores in runs):.0f}"]
+        lines.append(line + [f"{median(scores['minutes'] for scores in runs):.1f}"])
+    print_table(["run", "lr", "seeds", *SCORES, "images/s", "minutes"], lines)
+    for row, runs in found.items():
+        print(
+            f"{row}: prompts", *(" / ".join(scores["prompts"] or []) for scores in runs), sep=" | "
+        )
 
 
 if __name__ == "__main__":
