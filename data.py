@@ -117,7 +117,7 @@ class CenterCrop:
 def normalize(images: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 with CLIP's mean and deviation, on the images' device."""
     mean, std = statistics(images.device)
-    return (images.float() / 255 - mean) / std
+    return images.float().div_(255).sub_(mean).div_(std)  # in place: half the time
 
 
 @functools.cache
