@@ -445,8 +445,8 @@ COSTS = ("minutes", "images/s", "peak MB")
 def table(folders: list[Path]) -> str:
     """A Markdown table of finished runs: a row for each group of `grouped`, mean ± deviation.
 
-    A score that some runs of a group lack is left out. Costs, which depend on the machine, are
-    medians: minutes are those of training without evaluation, peak MB is the process's.
+    A score that some runs of a group lack is left out, with a message. Costs depend on the machine
+    and are medians: minutes are those of training alone, peak MB is the process's.
     """
     groups = grouped(folders)
     columns = [column for group in groups.values() for _, scores in group for column in scores]
@@ -458,6 +458,10 @@ def table(folders: list[Path]) -> str:
             values = [scores[column] for _, scores in group if column in scores]
             if len(values) < len(group):
                 cells.append("")
+                if values:
+                    print(
+                        f"{name}: {len(values)} of {len(group)} runs have {column}", file=sys.stderr
+                    )
             elif column in COSTS:
                 cells.append(f"{statistics.median(values):.{1 if column == 'minutes' else 0}f}")
             else:

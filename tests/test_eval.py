@@ -274,7 +274,8 @@ def test_tables_show_a_runs_own_data_only(tmp_path, capsys):
         for line in (other, row | {"task": "zeroshot"}, row):
             file.write(json.dumps(line) + "\n")
     evaluation.main(["table", str(one), str(two)])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "a: 1 of 2 runs have zeroshot" in err
     assert out.startswith("| run | lr | seeds | probe on 500 | zeroshot | probe on 8 | minutes")
     assert "| a | 0.001 | 2 | 0.500 ± 0.000 |  |  |" in out
 
