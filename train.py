@@ -331,6 +331,8 @@ def load(parts: dict, config: argparse.Namespace, say):
     if not (config.out / "checkpoint.pt").exists():
         return load_pretrained(parts["model"], config, say)
     state = run.read_checkpoint(config)
+    if not parts.keys() <= state.keys():
+        raise UserError(f"{config.out} holds no optimizer's state to go on with: use it as --init")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     say(f"resuming {config.out} at step {parts['progress'].step}")

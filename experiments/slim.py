@@ -1,0 +1,38 @@
+"""A copy of a finished run with what evaluation and drawing need, in half precision.
+
+    python experiments/slim.py runs/icons pretrained/icons
+
+The copy cannot be resumed, because the optimizer's state is left out; a quarter remains.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from common import finished
+
+from run import publish, read_checkpoint, read_weights
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Copy a run without what only training needs.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    config, _ = finished(args.run)
+    state = read_checkpoint(config)
+    kept = {key: state[key] for key in ("idf", "progress", "fingerprint")}
+    args.out.mkdir(parents=True)
+    publish(kept | {"model": halved(state["model"])}, args.out / "checkpoint.pt")
+    publish(halved(read_weights(args.run / "encoder.pt")), args.out / "encoder.pt")
+    for name in ("config.json", "tokenizer.tiktoken", "metrics.jsonl", "eval.jsonl"):
+        if (args.run / name).exists():  # a run without --val-data has no scores
+            shutil.copy(args.run / name, args.out / name)
+
+
+def halved(weights: dict) -> dict:
+    return {name: value.half() for name, value in weights.items()}
+
+
+if __name__ == "__main__":
+    main()
