@@ -1,79 +1,101 @@
 """Captions and answers from encoders of different objectives, by a small language model.
 
-    python experiments/captions.py --seeds 1 2
+    python experiments/captions.py shapes --seeds 1 2
+    python experiments/captions.py icons --seeds 1 2       after compare.py, whose encoders it takes
 
-Encoders (SuperClass, CLIP, supervised, and one without training) see 76,800 drawn shapes; then a
-language model learns on each of them, locked, from 38,400 more. Captions are scored against five
-captions of each scene. The command can be stopped and repeated; it goes on where it was.
+A language model learns on each encoder, locked, from the same images: SuperClass, CLIP, supervised,
+and one without training. Captions of shapes are scored against five of the same scene, those of
+icons of unseen sets against the designer's. The ceiling is a person's part: another caption of the
+scene. The command can be stopped and repeated; it goes on where it was.
 """
 
 import argparse
 import json
+import random
 from pathlib import Path
 
-from common import cell, print_table, score, train_all
+from common import cell, print_table, read_jsonl, score, train_all
+from compare import FLAGS, ICONS, PLACE
 
 import shapes
+from eval import cider
 
-ENCODERS = {
-    "superclass": ["--objective", "superclass"],
-    "clip": ["--objective", "clip"],
-    "supervised": ["--objective", "supervised"],
-    "untrained": ["--samples", "128", "--lr", "0"],
-}
+OBJECTIVES = ("superclass", "clip", "supervised", "untrained")
 TASKS = {"captions": "shapes", "answers": "shapes-questions"}
+SHARED = ["--workers", "1", "--precision", "fp32", "--no-first-eval"]
 SCENES, CAPTIONS = 1_000, 5
 
 
 def write_references(folder: Path) -> Path:
-    """A table of unseen scenes, each with five captions."""
+    """A table of unseen scenes, each with five captions, and a sixth one for the ceiling."""
     table = folder / "references.jsonl"
     if table.exists():
         return table
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    random.seed(0)  # of the captions' wording
+    rows, others = [], []
     for i in range(SCENES):
         scene = shapes.scene_of(i, "val")
-        texts = [shapes.caption(scene) for _ in range(CAPTIONS)]
+        *texts, other = (shapes.caption(scene) for _ in range(CAPTIONS + 1))
         shapes.draw(scene)[0].save(folder / f"{i}.png")
         rows += [{"filepath": f"{i}.png", "caption": text} for text in texts]
+        others.append({"other": other, "references": texts})
+    (folder / "ceiling.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return table
 
 
+def encoders_of(data: str, seed: str) -> tuple[dict[str, Path], dict[Path, list[str]]]:
+    """The folder of each objective's encoder, and the command lines of those to train."""
+    untrained = ["--samples", "256", "--lr", "0", "--seed", seed]
+    if data == "icons":
+        folders = {name: PLACE / f"{name}-102400-{seed}" for name in OBJECTIVES}
+        return folders, {folders["untrained"]: [*FLAGS, *untrained]}
+    folders = {name: Path(f"runs/captions/{name}-{seed}") for name in OBJECTIVES}
+    own = {n: ["--objective", n, "--seed", seed] for n in OBJECTIVES} | {"untrained": untrained}
+    return folders, {folders[name]: [*SHARED, *own[name]] for name in OBJECTIVES}
+
+
 def main():
     parser = argparse.ArgumentParser(description="Compare encoders through a language model.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--samples", type=int, default=38_400)
-    seeds, samples = (args := parser.parse_args()).seeds, str(args.samples)
-    place = Path("runs/captions")
-    references = write_references(place / "references")
-    shared = ["--workers", "1", "--precision", "fp32", "--no-first-eval"]
+    parser.add_argument("data", choices=("shapes", "icons"))
+    parser.add_argument("--seeds", nargs="+", default=["1", "2"])
+    parser.add_argument("--samples", default="38400")
+    args = parser.parse_args()
+    place, references = Path("runs/captions"), f"{ICONS}/val-*.tar"
+    tasks = TASKS if args.data == "shapes" else {"icons": f"{ICONS}/train-*.tar"}
+    if args.data == "shapes":
+        references = str(write_references(place / "references"))
 
     encoders, readers = {}, {}
-    for seed in map(str, seeds):
-        for name, flags in ENCODERS.items():
-            encoder = place / f"{name}-{seed}"
-            encoders[encoder] = [*shared, "--seed", seed, *flags]
+    for seed in args.seeds:
+        folders, own = encoders_of(args.data, seed)
+        encoders |= own
+        for name, encoder in folders.items():
             for prefix in ("patches", "pooled"):
-                for task, data in TASKS.items():
+                for task, data in tasks.items():
                     readers[place / f"{name}-{prefix}-{task}-{seed}"] = [
-                        *shared, "--seed", seed, "--objective", "caption", "--init", str(encoder),
-                        "--prefix", prefix, "--data", data, "--samples", samples,
+                        *(FLAGS if args.data == "icons" else SHARED), "--data", data,
+                        "--objective", "caption", "--init", str(encoder), "--prefix", prefix,
+                        "--samples", args.samples, "--seed", seed,
                     ]  # fmt: skip
     train_all(encoders)
     train_all(readers)
 
     rows = []
-    for name in ENCODERS:
+    for name in OBJECTIVES:
         for prefix in ("patches", "pooled"):
-            runs = {task: [place / f"{name}-{prefix}-{task}-{s}" for s in seeds] for task in TASKS}
+            runs = {t: [place / f"{name}-{prefix}-{t}-{s}" for s in args.seeds] for t in tasks}
             described = [
-                score(run, "caption", "--data", str(references)) for run in runs["captions"]
+                score(run, "caption", "--data", references) for run in next(iter(runs.values()))
             ]
-            answered = [score(run, "caption") for run in runs["answers"]]
-            ciders, exact = [row["cider"] for row in described], [row["exact"] for row in answered]
-            rows.append([name, prefix, str(len(seeds)), cell(ciders), cell(exact)])
+            answered = [score(run, "caption")["exact"] for run in runs.get("answers", ())]
+            line = [name, prefix, str(len(args.seeds)), cell([row["cider"] for row in described])]
+            rows.append([*line, cell(answered) if answered else ""])
+    if args.data == "shapes":
+        pairs = read_jsonl(place / "references" / "ceiling.jsonl")
+        value = cider([row["other"] for row in pairs], [row["references"] for row in pairs])
+        rows.append(["another caption of the scene", "", "", f"{value:.3f}", ""])
     print_table(["encoder", "prefix", "seeds", "CIDEr", "exact answers"], rows)
 
 

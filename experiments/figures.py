@@ -1,0 +1,99 @@
+"""Two figures on icons: scores over the global batch, and over the images seen for three models.
+
+    python experiments/figures.py batch --seeds 1 2        is a large batch needed?
+    python experiments/figures.py scale --seeds 1 2        what do size and length buy?
+
+Data, rows and choices are those of compare.py, whose runs are used where they fit: the learning
+rate of a row is the best of its sweep at a batch of 256, and follows the square root of the batch,
+which is the usual rule for Adam; for another width it follows 1 / width. The command can be stopped
+and repeated; it goes on where it was.
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+from common import cell, print_table, train_all
+from compare import BATCH, PLACE, choose_rates, flags, measure
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from superclass import SIZES
+
+SCORES = ("zero-shot", "probe", "retrieval")
+BATCHES = (32, 64, 128, 256, 512, 1024)
+MODELS, LENGTHS = ("XXS/8", "XS/8", "Ti/8"), (51_200, 102_400, 307_200)
+
+
+def run_of(row: str, rate: str, samples: int, seed: int, batch=BATCH, model="XS/8"):
+    """The folder and the command line of a run; compare.py's own where nothing differs."""
+    folder, own = f"{row}-{samples}-{seed}", flags(row, samples, seed, rate)
+    if (batch, model) != (BATCH, "XS/8"):
+        width = SIZES[model.split("/")[0]][0] / SIZES["XS"][0]
+        folder = f"{row}-{model.replace('/', '-')}-{batch}-{samples}-{seed}"
+        own += ["--batch-size", str(batch), "--warmup", str(samples // batch // 10)]
+        own += ["--model", model, "--lr", f"{float(rate) * (batch / BATCH) ** 0.5 / width:.2g}"]
+    return PLACE / folder, own
+
+
+def draw(lines: dict[tuple[str, str], list[tuple]], label: str, path: Path):
+    """A panel for each score, a line for each row; points are (x, values over seeds)."""
+    page = Figure((9, 3), dpi=100, layout="constrained")
+    for n, score in enumerate(SCORES, 1):
+        axes = page.add_subplot(1, len(SCORES), n, title=score, xlabel=label, xscale="log")
+        for (line, of), points in lines.items():
+            if of == score:
+                x, values = zip(*points, strict=True)
+                deviations = [stdev(v) if len(v) > 1 else 0 for v in values]
+                axes.errorbar(x, list(map(mean, values)), deviations, marker="o", ms=4, label=line)
+                axes.set_xticks(x, minor=False)
+        axes.set_ylim(bottom=0)
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    page.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    page.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw scores over batch sizes or lengths.")
+    parser.add_argument("figure", choices=("batch", "scale"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--samples", type=int, default=102_400, help="batch: of each run")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="scale: the encoders")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    args = parser.parse_args()
+    if args.figure == "batch":
+        rows, points = ("superclass", "clip", "superclip"), BATCHES
+        kinds = [
+            (row, row, b, {"samples": args.samples, "batch": b}) for row in rows for b in points
+        ]
+    else:
+        rows = ("superclass", "clip")
+        kinds = [
+            (f"{row} {model}", row, length, {"samples": length, "model": model})
+            for row in rows
+            for model in args.models
+            for length in LENGTHS
+        ]
+    lines, table = {}, []
+    with ProcessPoolExecutor(args.jobs) as pool:
+        best = choose_rates(51_200, list(rows), args.jobs, pool)
+        runs = [
+            [run_of(row, best[row], seed=seed, **own) for seed in args.seeds]
+            for _, row, _, own in kinds
+        ]
+        train_all(dict(run for group in zip(*runs, strict=True) for run in group), args.jobs)
+        for (line, _, x, _), group in zip(kinds, runs, strict=True):
+            found = list(pool.map(measure, (folder for folder, _ in group)))
+            columns = {score: [scores[score] for scores in found] for score in SCORES}
+            for score, values in columns.items():
+                lines.setdefault((line, score), []).append((x, values))
+            table.append([line, f"{x:,}", *map(cell, columns.values())])
+    what = "global batch" if args.figure == "batch" else "images seen"
+    print_table(["run", what, *SCORES], table)
+    draw(lines, what, Path(f"assets/{args.figure}.png"))
+
+
+if __name__ == "__main__":
+    main()
