@@ -250,19 +250,19 @@ class OnePass(IterableDataset):
 
 
 def batches(
-    dataset: IterableDataset, workers: int, device: torch.device, micro_batches: int = 0
+    dataset: IterableDataset,
+    workers: int,
+    device: torch.device,
+    micro_batches: int = 0,
+    reads: tuple[str, ...] = (),
 ) -> Iterator[Batch]:
-    """The batches of a dataset, on the device; raises the UserErrors that its workers send.
+    """The batches of a dataset; raises the UserErrors that its workers send.
 
-    With `micro_batches`, the pieces that all workers made of so many are one batch: a process's
-    share of a global batch.
+    Images, labels and the fields `reads` are on the device, others on the CPU. With
+    `micro_batches`, the pieces that all workers made of so many are one batch: a process's share
+    of a global batch.
     """
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=init_worker,
-    )
+    loader = DataLoader(dataset, None, num_workers=workers, worker_init_fn=init_worker)
     pieces = iter(loader)
     if workers:
         # torch's handler would raise wherever the main thread is when a worker dies. Without it the
@@ -273,7 +273,7 @@ def batches(
             for piece in some:
                 if isinstance(piece, UserError):
                     raise piece
-            yield join(some, device)
+            yield join(some, device, reads)
     except (RuntimeError, ConnectionError, EOFError) as error:
         # A connection breaks if the process dies while it hands its images over.
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
@@ -282,8 +282,8 @@ def batches(
         raise UserError(f"{died}: if memory ran out, use fewer --workers") from None
 
 
-def join(pieces: list[Piece], device: torch.device) -> Batch:
-    """Pieces as one batch, in the order of the samples' places."""
+def join(pieces: list[Piece], device: torch.device, reads: tuple[str, ...] = ()) -> Batch:
+    """Pieces as one batch, in the order of the samples' places; see `batches`."""
     places = [place for piece in pieces for place in piece.places]
     order = sorted(range(len(places)), key=places.__getitem__)
     samples = [sample for piece in pieces for sample in piece.samples]
@@ -291,13 +291,15 @@ def join(pieces: list[Piece], device: torch.device) -> Batch:
     # numpy, because torch would wait for threads that the loaders keep busy.
     images = [piece.images.numpy() for piece in pieces if piece.samples] or [pieces[0].images]
     images = torch.from_numpy(np.concatenate(images)[order])
-    images = images.pin_memory() if device.type == "cuda" else images
     labels = pad([sorted(set(sample.tokens)) for sample in samples], side="left")
     columns = [pad([sample[i] for sample in samples]) for i in (1, 2, 3)]  # tokens to targets
-    tensors = [x.to(device, non_blocking=True) for x in (images, labels, *columns)]
+    tensors = dict(zip(Batch._fields, (images, labels, *columns), strict=False))
+    for name in ("images", "labels", *reads):  # a GPU copies pinned memory while the CPU goes on
+        x = tensors[name].pin_memory() if device.type == "cuda" else tensors[name]
+        tensors[name] = x.to(device, non_blocking=True)
     lanes = {lane: place for piece in pieces for lane, place in piece.lanes.items()}
     bad = [sample for piece in pieces for sample in piece.bad]
-    return Batch(*tensors, [places[i] for i in order], bad, lanes)
+    return Batch(**tensors, places=[places[i] for i in order], bad=bad, lanes=lanes)
 
 
 def pad(rows: list[list[int]], side: str = "right") -> Tensor:

@@ -70,7 +70,7 @@ def extract(run: Run, source, limit: int | None = None, workers: int = 2, captio
     features, targets, tokens = [], [], []
     for batch in good_batches(run, source, BATCH, limit, workers, captioned):
         features.append(run.model.features(normalize(batch.images)).float().cpu())
-        targets.append(batch.targets.cpu())
+        targets.append(batch.targets)
         tokens += [row[row >= 0].tolist() for row in batch.tokens]
     features = torch.cat(features)
     if not features.isfinite().all():
@@ -359,7 +359,8 @@ def measure_captions(run: Run, val, options: dict) -> dict:
         raise UserError(f"{run.folder} has no language model: train one with --objective caption")
     decode, found, size = run.tokenizer.decode, {}, BATCH // 4  # logits are [B, K, V]
     for batch in good_batches(run, val, size, options["limit"], options["workers"], captioned=True):
-        answers = generate(run.model, normalize(batch.images), batch.questions)
+        questions = batch.questions.to(batch.images.device)
+        answers = generate(run.model, normalize(batch.images), questions)
         rows = zip(batch.images.cpu(), batch.questions, batch.tokens, answers, strict=True)
         for image, *ids, answer in rows:
             question, reference = (decode(row[row >= 0].tolist()).strip() for row in ids)

@@ -42,8 +42,9 @@ from superclass import IDF, superclass_loss
 from tokenizer import load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_config
 
 CLIP_GRAD = 1.0  # the largest norm of the gradient
-READS = {key: ["tokens"] for key in ("clip", "lit", "superclip")}  # besides images, by objective
-READS |= {"caption": ["tokens", "questions"]}
+# What objectives read besides images and labels; all but the targets go through the model.
+READS = dict.fromkeys(("clip", "lit", "superclip"), ("tokens",))
+READS |= {"caption": ("tokens", "questions"), "supervised": ("targets",)}
 PROBE_IMAGES = 10_000  # training images for the probe before and after training; eval.py takes all
 
 
@@ -117,11 +118,12 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     if world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     view = data.Augment(config.image_size, config.min_scale, config.flip, config.color_jitter)
-    reads = None if config.objective == "supervised" else tokenizer  # that needs no captions
-    prepare = data.Prepare(view, reads, config.seed, config.drop_stopwords)
+    encode = None if config.objective == "supervised" else tokenizer  # that needs no captions
+    prepare = data.Prepare(view, encode, config.seed, config.drop_stopwords)
     place = sources.Start(start * B, config.lanes or 1, progress.lanes)
     stream = data.TrainStream(train_source, prepare, config.seed, micro_batch, rank, world, place)
-    stream = data.batches(stream, config.workers, device, accumulation)
+    reads = READS.get(config.objective, ())
+    stream = data.batches(stream, config.workers, device, accumulation, reads)
     say(
         f"data    {config.data}: {train_source}; {config.tokenizer}, {config.vocab_size:,} tokens\n"
         f"model   {config.model}, {config.image_size} px, {config.objective} on {device}\n"
@@ -151,7 +153,7 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
             loss = 0.0
             for i, part in enumerate(batch.split(micro_batch)):
                 last = i == accumulation - 1  # gradients are exchanged once a step
-                texts = [getattr(part, name) for name in READS.get(config.objective, [])]
+                texts = [getattr(part, name) for name in reads if name != "targets"]
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         outputs = forward(normalize(part.images), *texts)
