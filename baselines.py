@@ -37,6 +37,8 @@ class ConvNet(nn.Sequential):
         self.width = self.WIDTHS[name]
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.is_cuda:  # tensor cores want the channels last
+            images = images.contiguous(memory_format=torch.channels_last)
         return super().forward(images).flatten(2).transpose(1, 2)  # [B, D, S/32, S/32] -> [B, N, D]
 
 

@@ -218,6 +218,9 @@ def init_encoder(encoder: nn.Module, path: Path, say: Callable = print):
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU."""
+    # The same bits each time on a GPU, too, for whoever sets what cuBLAS needs for that.
+    torch.use_deterministic_algorithms("CUBLAS_WORKSPACE_CONFIG" in os.environ)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps

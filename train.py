@@ -394,15 +394,14 @@ def start_processes(device: str) -> tuple[int, int, torch.device]:
     """Rank, world size and device, from what torchrun sets; one process without it."""
     if "RANK" not in os.environ:
         return 0, 1, run.pick_device(device)
-    if device.startswith("cuda:"):
-        raise UserError(f"--device {device}: each of several processes has its own GPU")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # NCCL wants a GPU for each process. If all share one, as with --device cuda:0, gloo is used.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     device = run.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Rank 0 evaluates alone; the others wait for it, an hour at most.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), device
 
