@@ -1,4 +1,4 @@
-"""Small data sets that the tests draw for themselves, and a way to run a command."""
+"""--device, small data sets that the tests draw for themselves, and a way to run a command."""
 
 import io
 import os
@@ -12,9 +12,55 @@ import pytest
 import torch
 from PIL import Image
 
+import run
+
 torch.set_num_threads(1)  # as in the processes that tests start: sums depend on the number
 ROOT = Path(__file__).parent.parent
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (20, 60, 220)}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where what has a device is tested: cuda, mps")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "device: a test that runs on --device")
+    name = config.getoption("device")
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or --device auto would find a GPU
+    elif name.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits each time
+    try:
+        config.device = run.pick_device("cuda:0" if name == "cuda" else name)
+    except run.UserError as error:
+        raise pytest.UsageError(str(error)) from None
+    TINY.extend(["--device", str(config.device)])
+
+
+def pytest_itemcollected(item):
+    if "device" in item.fixturenames:
+        item.add_marker("device")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """A test that asks for this, itself or through a fixture, does its work on --device."""
+    return request.config.device
+
+
+@pytest.fixture
+def on_device(device):
+    """Tensors and modules that a test makes are on --device."""
+    if device.type == "cpu":
+        yield
+    else:
+        with device:
+            yield
+
+
+def load(path: Path) -> dict:
+    """A file of tensors, on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def picture(i: int, size: int = 40) -> Image.Image:

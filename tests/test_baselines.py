@@ -28,7 +28,7 @@ B, K, V = 7, 6, 23
 
 
 @pytest.fixture
-def labels():
+def labels(on_device):
     """Sets with padding; one caption of a single token, one token in every caption."""
     torch.manual_seed(1)
     labels = torch.randint(-1, V, (B, K))
@@ -38,8 +38,8 @@ def labels():
 
 
 def dense(labels):
-    """Labels as K-hot rows [B, V], float64."""
-    y = torch.zeros(len(labels), V, dtype=torch.float64)
+    """Labels as K-hot rows [B, V], float64, on the CPU like all that devices are compared with."""
+    y = torch.zeros(len(labels), V, dtype=torch.float64, device="cpu")
     for row, tokens in zip(y, labels.tolist(), strict=True):
         for token in tokens:
             if token >= 0:
@@ -89,17 +89,18 @@ DENSE = {
 def test_losses_equal_dense_float64(labels, name, scale):
     torch.manual_seed(2)
     x = torch.randn(B, V) * scale
-    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    ours, theirs = x.clone().requires_grad_(), x.cpu().double().requires_grad_()
     loss, expected = LOSSES[name](ours, labels), DENSE[name](theirs, dense(labels))
     loss.backward()
     expected.backward()
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.cpu().double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_losses_agree_with_torchs_own(labels):
-    x, y = torch.randn(B, V), dense(labels).float()
+    x = torch.randn(B, V)
+    y = dense(labels).float().to(x.device)
     peer = torch.nn.MultiLabelSoftMarginLoss()(x, y)
     torch.testing.assert_close(LOSSES["soft_margin"](x, labels), peer)
     peer = F.binary_cross_entropy_with_logits(x, y, reduction="sum") / B
@@ -114,7 +115,7 @@ def test_losses_of_extreme_logits_are_finite(labels, name):
         assert torch.isfinite(x.grad).all()
 
 
-def test_supervised_loss_is_the_mean_over_attributes():
+def test_supervised_loss_is_the_mean_over_attributes(on_device):
     logits, targets = torch.randn(4, 5), torch.tensor([[0, 1], [1, 2], [1, -1], [0, 0]])
     known = F.cross_entropy(logits[[0, 1, 3], 2:], targets[[0, 1, 3], 1]) * 3 / 4
     expected = (F.cross_entropy(logits[:, :2], targets[:, 0]) + known) / 2
@@ -122,7 +123,7 @@ def test_supervised_loss_is_the_mean_over_attributes():
 
 
 @pytest.mark.parametrize(("name", "width"), [("resnet50", 2048), ("convnext_tiny", 768)])
-def test_torchvisions_networks_give_tokens_and_keep_their_names(name, width):
+def test_torchvisions_networks_give_tokens_and_keep_their_names(on_device, name, width):
     torch.manual_seed(0)
     network, images = torchvision.models.get_model(name).eval(), torch.randn(2, 3, 64, 64)
     model = SuperClass(build_encoder(name, 64), 30).eval()
@@ -132,7 +133,7 @@ def test_torchvisions_networks_give_tokens_and_keep_their_names(name, width):
         tokens = model.encoder(images)
         assert tokens.shape == (2, 4, width) and model(images).shape == (2, 30)
         maps = create_feature_extractor(network, {"avgpool": "pooled"})(images)["pooled"]
-        torch.testing.assert_close(tokens.mean(dim=1), maps.flatten(1))
+        torch.testing.assert_close(tokens.mean(dim=1), maps.flatten(1), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="32 px or more"):
         build_encoder(name, 28)
 
@@ -157,7 +158,7 @@ def superclip_loss(outputs, tokens, weights):
     return contrastive_loss(*contrast) + superclass_loss(logits, as_labels(tokens), weights)
 
 
-def test_a_text_sees_neither_padding_nor_the_batch():
+def test_a_text_sees_neither_padding_nor_the_batch(on_device):
     tower = tiny_clip().text
     short, long = torch.tensor([[3, 4, -1, -1, -1, -1]]), torch.tensor([[3, 4, 5, 6, 7, 8]])
     both = tower(torch.cat([short, long]))
@@ -166,7 +167,7 @@ def test_a_text_sees_neither_padding_nor_the_batch():
     assert (tower(torch.tensor([[4, 3]])) - both[:1]).abs().max() > 1e-3  # order counts
 
 
-def test_a_token_sees_only_those_before_it():
+def test_a_token_sees_only_those_before_it(on_device):
     attention = baselines.CausalAttention(24, 2)
     x = torch.randn(1, 5, 24)
     changed = x.clone()
@@ -174,7 +175,7 @@ def test_a_token_sees_only_those_before_it():
     torch.testing.assert_close(attention(x)[:, :3], attention(changed)[:, :3])
 
 
-def test_contrastive_loss_is_openclips():
+def test_contrastive_loss_is_openclips(on_device):
     from open_clip.loss import ClipLoss  # slow to import, in each process of the last test, too
 
     images = F.normalize(torch.randn(9, 16), dim=1).requires_grad_()
@@ -188,7 +189,7 @@ def test_contrastive_loss_is_openclips():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_scale_stays_below_a_hundred_and_can_come_back():
+def test_the_scale_stays_below_a_hundred_and_can_come_back(on_device):
     model = tiny_clip()
     with torch.no_grad():
         model.log_scale.fill_(9.0)
@@ -199,14 +200,14 @@ def test_the_scale_stays_below_a_hundred_and_can_come_back():
     torch.testing.assert_close(images.norm(dim=1), torch.ones(3))
 
 
-def test_a_locked_encoder_gets_no_gradient():
+def test_a_locked_encoder_gets_no_gradient(on_device):
     model = tiny_clip(locked=True).train()
     contrastive_loss(*model(torch.randn(4, 3, 16, 16), torch.randint(V, (4, 3)))).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
     assert model.image_proj.weight.grad is not None and not model.encoder.training
 
 
-def test_clip_starts_near_log_batch():
+def test_clip_starts_near_log_batch(on_device):
     """With unrelated towers each of B texts is about as likely; a sharp scale adds some spread."""
     model = tiny_clip()
     with torch.no_grad():
@@ -234,23 +235,23 @@ def dense_superclip(model, images, tokens, weights):
     return contrast / (2 * len(images)) + classify / len(images)
 
 
-def test_superclip_is_the_sum_of_two_dense_losses_in_float64():
+def test_superclip_is_the_sum_of_two_dense_losses_in_float64(on_device):
     model = tiny_clip(SuperCLIP)
     images, tokens, weights = torch.randn(B, 3, 16, 16), torch.randint(V, (B, K)), torch.rand(V)
     tokens[2, 3:] = -1
-    twin = copy.deepcopy(model).double()
+    twin = copy.deepcopy(model).cpu().double()
     loss = superclip_loss(model(images, tokens), tokens, weights)
-    expected = dense_superclip(twin, images.double(), tokens, weights.double())
+    expected = dense_superclip(twin, images.cpu().double(), tokens.cpu(), weights.cpu().double())
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=1e-6)
     twins = dict(twin.named_parameters())
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad.double(), twins[name].grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(p.grad.cpu().double(), twins[name].grad, rtol=1e-4, atol=1e-6)
     assert model.head.weight.grad.abs().max() > 0 < model.text_proj.weight.grad.abs().max()
 
 
-def test_superclips_head_is_superclasss():
+def test_superclips_head_is_superclasss(on_device):
     model, images = tiny_clip(SuperCLIP), torch.randn(2, 3, 16, 16)
     plain = SuperClass(model.encoder, V)
     plain.norm, plain.head = model.norm, model.head
@@ -259,9 +260,10 @@ def test_superclips_head_is_superclasss():
     assert torch.equal(model.features(images), plain.features(images)) and len(contrast) == 3
 
 
-def one_rank(rank: int, world: int, path: str, results):
+def one_rank(rank: int, world: int, path: str, results, device):
     """A rank's gradients of CLIP, SuperCLIP and the two-way loss, averaged as DDP does."""
     if world > 1:
+        torch.set_default_device(device)
         store = f"file://{path}"
         torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world)
     torch.manual_seed(3)
@@ -283,17 +285,21 @@ def one_rank(rank: int, world: int, path: str, results):
             torch.distributed.all_reduce(value)
             value /= world
     if rank == 0:
-        results.put([value.numpy() for value in values])
+        results.put([value.cpu().numpy() for value in values])
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
+def test_two_processes_have_the_loss_and_the_gradients_of_one(on_device, device, tmp_path):
+    if device.type == "mps":
+        pytest.skip("gloo has no MPS")
     alone = queue.SimpleQueue()
-    one_rank(0, 1, "", alone)
+    one_rank(0, 1, "", alone, device)
     context = mp.get_context("spawn")
     together, store = context.Queue(), str(tmp_path / "store")
-    ranks = [context.Process(target=one_rank, args=(r, 2, store, together)) for r in range(2)]
+    ranks = [
+        context.Process(target=one_rank, args=(r, 2, store, together, device)) for r in range(2)
+    ]
     for process in ranks:
         process.start()
     results = alone.get(), together.get(timeout=120)

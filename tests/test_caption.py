@@ -64,9 +64,10 @@ def padded(rows):
 
 
 @pytest.fixture
-def batch():
+def batch(on_device):
     """Four images, answers (one of them empty) and questions (one of them empty)."""
-    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    images = torch.randn(4, 3, 16, 16)
     tokens = padded([[5, 6, 7], [8], [], [9, 9, 9, 10, 11]])
     return images, tokens, padded([[1, 2], [3, 4, 5, 6], [7], []])
 
@@ -77,9 +78,12 @@ def batch():
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
-def test_logits_are_those_of_transformers(gpt2, weights, tmp_path, prefix, suffix):
+def test_logits_are_those_of_transformers(
+    on_device, device, gpt2, weights, tmp_path, prefix, suffix
+):
     path = saved({prefix + k: v for k, v in weights.items()}, tmp_path / f"gpt2{suffix}")
     model, ids = load_gpt2(path), torch.randint(V, (3, 17))
+    gpt2 = copy.deepcopy(gpt2).to(device)
     with torch.no_grad():
         assert (model(ids) - gpt2(ids).logits).abs().max() < 1e-4
         vectors = torch.randn(3, 5, E)
@@ -99,13 +103,13 @@ def test_half_precision_files_become_float32(weights, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["pooled", "patches"])
-def test_generation_is_that_of_transformers(gpt2, weights, tmp_path, prefix):
+def test_generation_is_that_of_transformers(on_device, device, gpt2, weights, tmp_path, prefix):
     torch.manual_seed(2)
     model = load_gpt2(saved(weights, tmp_path / "gpt2.bin"))
     # Half of the rows should end early.
     with torch.no_grad():
         model.token_embed.weight[-1] *= 2
-        gpt2 = copy.deepcopy(gpt2)
+        gpt2 = copy.deepcopy(gpt2).to(device)
         gpt2.transformer.wte.weight[-1] *= 2
     captioner = Captioner(encoder(), model, prefix).eval()
     images = torch.randn(12, 3, 16, 16)
@@ -260,7 +264,7 @@ def test_loss_is_that_of_a_dense_loop(batch):
     assert caption_loss(x.bfloat16(), tokens).dtype == torch.float32
 
 
-def test_loss_starts_at_about_log_v_and_a_half():
+def test_loss_starts_at_about_log_v_and_a_half(on_device):
     torch.manual_seed(5)
     model = Captioner(encoder(), LanguageModel(2000, 128, 2, 4, 60), "patches")
     tokens = torch.randint(1999, (32, 20))

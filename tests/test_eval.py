@@ -17,21 +17,22 @@ from eval import extract, fewshot, probe, retrieval, top1, zeroshot, zeroshot_by
 from run import Run, own_rows, read_jsonl
 from sources import load_source
 from superclass import IDF, SuperClass, ViT
-from tests.conftest import COLOURS, caption, picture, train_flags
+from tests.conftest import COLOURS, caption, load, picture, train_flags
 from tokenizer import UserError, caption_labels, caption_tokens, load_tokenizer
 
 TEXTS = ["a red star", "a blue star", "a red ball", "a green ball"]
 
 
 @pytest.fixture
-def small():
+def small(device):
     """A run with a random model and counts of TEXTS, and features of five images."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("bpe:280", TEXTS * 3)
     model, idf = SuperClass(ViT(16, 8, 32, 1, 2), tokenizer.n_vocab), IDF(tokenizer.n_vocab)
     for text in TEXTS:
         idf.update(torch.tensor([caption_labels(text, tokenizer)]))
-    return Run(None, Namespace(loss="softmax"), tokenizer, model, idf, 0), torch.randn(5, 32)
+    run = Run(None, Namespace(loss="softmax"), tokenizer, model.to(device), idf.to(device), 0)
+    return run, torch.randn(5, 32)
 
 
 def test_zeroshot_is_the_weighted_mean_log_probability(small):
@@ -39,7 +40,8 @@ def test_zeroshot_is_the_weighted_mean_log_probability(small):
     _, _, tokenizer, model, idf, _ = run
     names = [["red", "blue"], ["star"], ["green ball"]]
     with torch.no_grad():
-        log_p = model.head(model.norm(features)).double().log_softmax(dim=1)
+        logits = model.head(model.norm(features.to(idf.df.device)))
+        log_p = logits.cpu().double().log_softmax(dim=1)
     expected = torch.zeros(5, 3, dtype=torch.float64)
     for image in range(5):
         for c, aliases in enumerate(names):
@@ -60,7 +62,7 @@ def test_zeroshot_refuses_names_that_were_never_seen(small):
 
 def test_zeroshot_before_any_caption_is_defined(small):
     run, features = small
-    untrained = run._replace(idf=IDF(len(run.idf.df)))
+    untrained = run._replace(idf=IDF(len(run.idf.df)).to(run.idf.df.device))
     scores = zeroshot(untrained, features, [["red"], ["blue"]])
     assert torch.isfinite(scores).all()
 
@@ -68,9 +70,10 @@ def test_zeroshot_before_any_caption_is_defined(small):
 def test_zeroshot_of_a_head_with_sigmoids(small):
     run, features = small
     with torch.no_grad():
-        log_p = torch.nn.functional.logsigmoid(run.model.head(run.model.norm(features)))
+        logits = run.model.head(run.model.norm(features.to(run.idf.df.device)))
+        log_p = torch.nn.functional.logsigmoid(logits).cpu()
     ids = caption_labels("red", run.tokenizer)
-    w = run.idf.weights()[ids]
+    w = run.idf.weights().cpu()[ids]
     scores = zeroshot(run._replace(config=Namespace(loss="bce")), features, [["red"]])
     torch.testing.assert_close(scores[:, 0], log_p[:, ids] @ w / w.sum())
 
@@ -79,18 +82,19 @@ def test_zeroshot_by_text_is_the_cosine_with_the_mean_prompt(small):
     run, features = small
     tokenizer = run.tokenizer
     torch.manual_seed(0)
-    model = CLIP(ViT(16, 8, 32, 1, 2), TextTower(tokenizer.n_vocab, 16, 1, 2))
+    device = run.idf.df.device
+    model = CLIP(ViT(16, 8, 32, 1, 2), TextTower(tokenizer.n_vocab, 16, 1, 2)).to(device)
     names, prompts = [["red", "crimson"], ["blue"]], ["a {}", "one {} ball"]
     texts = [[prompt.format(name) for name in ns for prompt in prompts] for ns in names]
     expected = []
     with torch.no_grad():
         for of_class in texts:
-            ids = [torch.tensor([caption_tokens(text, tokenizer)]) for text in of_class]
+            ids = [torch.tensor([caption_tokens(text, tokenizer)]).to(device) for text in of_class]
             mean = torch.cat([model.embed_texts(row) for row in ids]).mean(dim=0)
-            image = model.image_proj(features)
+            image = model.image_proj(features.to(device))
             expected.append(torch.nn.functional.cosine_similarity(image, mean[None]))
     scores = zeroshot_by_text(run._replace(model=model), features, texts)
-    torch.testing.assert_close(scores, torch.stack(expected, dim=1))
+    torch.testing.assert_close(scores, torch.stack(expected, dim=1).cpu())
 
 
 def test_retrieval_counts_by_hand():
@@ -154,7 +158,7 @@ def test_fewshot_is_ridge_regression():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, device):
     """A run trained for 40 steps on pictures in three class folders."""
     folder = tmp_path_factory.mktemp("eval")
     for i in range(60):
@@ -190,8 +194,8 @@ def test_commands_print_a_table_and_append_rows(run, capsys, task):
         assert row["shots"] == 5 and row["draws"] == 3 and row["deviation"] >= 0
 
 
-def test_features_do_not_depend_on_batches(run, monkeypatch):
-    loaded = runs.load_run(run, torch.device("cpu"))
+def test_features_do_not_depend_on_batches(run, monkeypatch, device):
+    loaded = runs.load_run(run, device)
     assert loaded.step == 40 and loaded.idf.n == 320 and not loaded.model.training
     source = load_source(loaded.config.data)
     monkeypatch.setattr(evaluation, "BATCH", 7)
@@ -313,7 +317,7 @@ def changed(run, copy, change):
     """A copy of the run after `change` of its config and its checkpoint, which still belong."""
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
-    state = torch.load(copy / "checkpoint.pt", weights_only=True)
+    state = load(copy / "checkpoint.pt")
     change(config, state)
     (copy / "config.json").write_text(json.dumps(config))
     state["fingerprint"] = runs.fingerprint(runs.read_config(copy))
@@ -385,7 +389,7 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path, pairs):
     assert "has no language model" in refused(capsys, "caption", run, "--workers", "0")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    state = torch.load(copy / "checkpoint.pt", weights_only=True)
+    state = load(copy / "checkpoint.pt")
     state["model"] = {key: value * torch.nan for key, value in state["model"].items()}
     torch.save(state, copy / "checkpoint.pt")
     assert "not finite" in refused(capsys, "zeroshot", copy, "--workers", "0")

@@ -72,7 +72,8 @@ def save_run(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, device):
+    """A run that the commands find on the CPU, and take to --device."""
     return save_run(tmp_path_factory.mktemp("show") / "run")
 
 
@@ -289,7 +290,7 @@ def test_an_image_that_vanishes_during_a_search_is_skipped(run, capsys, tmp_path
 # Other objectives.
 
 
-def test_superclip_has_words_and_is_searched(capsys, tmp_path):
+def test_superclip_has_words_and_is_searched(capsys, tmp_path, device):
     folder = save_run(tmp_path / "run", objective="superclip")
     ask("words", folder, "--number", "1")
     assert ": red " in (line := capsys.readouterr().out) or ", red " in line
@@ -297,7 +298,7 @@ def test_superclip_has_words_and_is_searched(capsys, tmp_path):
     assert all("red" in hit for _, [(hit, _)] in cells)
 
 
-def test_words_of_a_language_model_are_captions(capsys, tmp_path):
+def test_words_of_a_language_model_are_captions(capsys, tmp_path, device):
     folder = save_run(tmp_path / "run", objective="caption")
     ((_, cells),) = ask("words", folder, "--number", "3")
     printed = capsys.readouterr().out
@@ -461,7 +462,7 @@ def small_model() -> SuperClass:
     return shaken(SuperClass(ViT(16, 4, 32, 2, 4), 50))
 
 
-def test_shares_of_the_output_sum_to_the_logit():
+def test_shares_of_the_output_sum_to_the_logit(on_device):
     model, images = small_model(), torch.randn(3, 3, 16, 16)
     weights = torch.zeros(50)
     weights[[3, 8]] = torch.tensor([0.3, 0.7])
@@ -496,7 +497,7 @@ def test_shares_of_the_output_are_those_of_each_patch():
 
 @pytest.mark.parametrize("name", ["XXS/8", "resnet50", "convnext_tiny"])
 @pytest.mark.parametrize("split", [output_shares, input_shares])
-def test_shares_of_all_encoders_sum_to_the_logit(name, split):
+def test_shares_of_all_encoders_sum_to_the_logit(on_device, name, split):
     model = shaken(SuperClass(build_encoder(name, 64), 20))
     images, weights = torch.randn(2, 3, 64, 64), torch.rand(2, 20)
     shares, constant = split(model, images, weights)
@@ -507,7 +508,7 @@ def test_shares_of_all_encoders_sum_to_the_logit(name, split):
     torch.testing.assert_close(shares.sum(dim=1) + constant, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shares_of_the_input_leave_nothing_out():
+def test_shares_of_the_input_leave_nothing_out(on_device):
     """Without biases and positions, no constant is left: all of a logit comes from the pixels."""
     model = small_model()
     with torch.no_grad():
@@ -523,7 +524,7 @@ def test_shares_of_the_input_leave_nothing_out():
     assert logits[:, 7].abs().min() > 0.01
 
 
-def test_holding_changes_no_value_and_mends_every_gradient():
+def test_holding_changes_no_value_and_mends_every_gradient(on_device):
     """The map that is held is linear: its gradient is that of a difference, however large."""
     model, images = small_model(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -544,7 +545,7 @@ def test_holding_changes_no_value_and_mends_every_gradient():
     ) == (None, None)
 
 
-def test_a_patch_that_does_not_reach_others_has_the_same_share_at_both_ends():
+def test_a_patch_that_does_not_reach_others_has_the_same_share_at_both_ends(on_device):
     """Without attention and positions, output and input differ in the constants only."""
     model = small_model()
     with torch.no_grad():
