@@ -122,7 +122,7 @@ class Sample(NamedTuple):
 
 def chance(key: str, what: str) -> float:
     """A number in [0, 1) for a decision about an icon: a hash, so it depends on nothing else."""
-    return int.from_bytes(hashlib.sha256(f"{what} {key}".encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(f"{what} {key}".encode()).digest()[:8], "big") / 2**64
 
 
 # ------------------------------------------------------------------------------------------------
