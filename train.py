@@ -322,10 +322,9 @@ class Progress:
 
     def total(self, number: int) -> int:
         """The sum of a number over all processes."""
-        number = torch.tensor(number)
         if self.world > 1:
-            dist.all_reduce(number)
-        return number.item()
+            dist.all_reduce(number := torch.tensor(number))
+        return int(number)
 
 
 def load(parts: dict, config: argparse.Namespace, say):

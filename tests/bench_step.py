@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import open_clip
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -37,9 +38,11 @@ class Step:
 
     def __init__(self, kind: str, args: argparse.Namespace):
         torch.manual_seed(0)
-        self.kind, V = kind.split(",")[0], KINDS[kind]
+        self.kind, V = kind.split(",")[0], KINDS.get(kind, 49_408)
         if self.kind == "OpenCLIP":
             self.model = open_clip_model(args.model, args.image_size)
+        elif self.kind == "timm":
+            self.model = timm_model(args.model, args.image_size, V)
         else:
             encoder = build_encoder(args.model, args.image_size)
             text = build_text_tower(args.model, V) if self.kind == "CLIP" else None
@@ -94,6 +97,16 @@ def open_clip_model(model: str, image_size: int) -> torch.nn.Module:
     clip = open_clip.CLIP(text["width"], vision, text)
     clip.encoder = clip.visual  # where make_optimizer looks for blocks
     return clip
+
+
+def timm_model(model: str, image_size: int, classes: int) -> torch.nn.Module:
+    """timm's plain classifier of that size, with its class token."""
+    size, patch = model.split("/")
+    shape = dict(zip(("embed_dim", "depth", "num_heads"), SIZES[size], strict=True))
+    shape |= {"img_size": image_size, "patch_size": int(patch), "num_classes": classes}
+    vit = timm.models.VisionTransformer(**shape)
+    vit.encoder = torch.nn.Identity()
+    return vit
 
 
 def peak_memory() -> int:
