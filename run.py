@@ -212,6 +212,18 @@ def init_encoder(encoder: nn.Module, path: Path, say: Callable = print):
         raise UserError(f"--init {path} does not fit: {reason:.1000}") from None
 
 
+def init_head(model: nn.Module, path: Path, config: argparse.Namespace, say: Callable = print):
+    """Go on with the head of the run in `path`, too, if both runs classify into the same tokens."""
+    theirs, ours = path / "tokenizer.tiktoken", config.out / "tokenizer.tiktoken"
+    if not (theirs.exists() and ours.exists()) or theirs.read_bytes() != ours.read_bytes():
+        return
+    if {config.objective, read_config(path).objective} <= set(HEADS):
+        first = load_run(path, torch.device("cpu")).model
+        model.norm.load_state_dict(first.norm.state_dict())
+        model.head.load_state_dict(first.head.state_dict())
+        say(f"init    the head of {path} too: the tokens are the same")
+
+
 # ------------------------------------------------------------------------------------------------
 # Devices and flags.
 

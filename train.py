@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="XS/8",
         help="SIZE/PATCH, as B/16; resnet50 (varies with the split), convnext_tiny",
     )
-    add("--init", help="start from the encoder of a run, or of a file with timm's names")
+    add("--init", help="start from a run's encoder (and head), or from a file with timm's names")
     add("--lm", help="caption: the weights of a published GPT-2, which stays frozen")
     add("--prefix", default="patches", choices=("patches", "pooled"), help="caption: what is read")
     add("--samples", type=count, default=76_800, help="images seen in the whole run")
@@ -342,6 +342,7 @@ def load(parts: dict, config: argparse.Namespace, say):
 def load_pretrained(model: nn.Module, config: argparse.Namespace, say):
     if config.init:
         run.init_encoder(model.encoder, Path(config.init), say)
+        run.init_head(model, Path(config.init), config, say)
     if config.lm:
         model.language_model.load_state_dict(caption.load_gpt2(config.lm).state_dict())
 

@@ -221,6 +221,20 @@ def test_lit_leaves_its_encoder_as_it_was(classes, tmp_path, device):
     train.main(["--out", str(tmp_path / "lit"), "--resume"])
 
 
+def test_a_run_goes_on_at_another_resolution(classes, tmp_path, device, capsys):
+    """The head comes along if the tokens are the same, and only then."""
+    flags = ["--samples", "16", "--workers", "0"]
+    train.main(train_flags(classes, tmp_path / "first", *flags))
+    heads = [load(tmp_path / "first" / "checkpoint.pt")["model"]["head.weight"]]
+    flags += ["--init", str(tmp_path / "first"), "--lr", "0", "--image-size", "64"]
+    for name, tokenizer in (("same", "bpe:300"), ("other", "words:4")):
+        own = [*flags, "--tokenizer", tokenizer]
+        train.main(train_flags(classes, tmp_path / name, *own))
+        heads.append(load(tmp_path / name / "checkpoint.pt")["model"]["head.weight"])
+        assert ("the head of" in capsys.readouterr().out) == (name == "same")
+    assert torch.equal(heads[0], heads[1]) and heads[0].shape != heads[2].shape
+
+
 def test_an_encoder_of_timms_is_taken_over_and_its_positions_interpolated(
     classes, tmp_path, device
 ):

@@ -1,0 +1,41 @@
+"""The run that comes with the repository, and the script that slims a run for it."""
+
+import pytest
+import torch
+
+import eval as evaluation
+import run as runs
+import show
+import train
+from superclass import build_encoder
+from tests.conftest import ROOT, make_shards, run_python, train_flags
+
+KEPT = ROOT / "pretrained" / "icons"
+
+
+@pytest.mark.parametrize("thing", ["umbrella", "lock", "house", "mail"])
+def test_the_kept_run_names_drawings(thing, tmp_path, capsys):
+    drawing = ROOT / "assets" / f"{thing}.png"
+    show.main(["words", str(KEPT), str(drawing), "--lift", "--out", str(tmp_path / "words.png")])
+    words = [part.split()[0] for part in capsys.readouterr().out.split(": ")[1].split(", ")]
+    assert thing in words[:2]  # "home" and "email" mean the same
+
+
+def test_the_kept_run_is_small_and_starts_others():
+    assert sum(file.stat().st_size for file in KEPT.iterdir()) <= 4_000_000
+    config = runs.read_config(KEPT)
+    runs.init_encoder(build_encoder(config.model, config.image_size), KEPT)
+
+
+def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "slim"
+    train.main(train_flags(make_shards(tmp_path / "data"), run, "--samples", "16"))
+    run_python("experiments/slim.py", str(run), str(out))
+    whole, slim = (runs.load_run(folder, torch.device("cpu")) for folder in (run, out))
+    for a, b in zip(whole.model.parameters(), slim.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert torch.equal(whole.idf.df, slim.idf.df) and slim.step == whole.step
+    assert evaluation.finished(out)[1] == evaluation.finished(run)[1]
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--out", str(out), "--resume"])
+    assert "holds no optimizer's state" in capsys.readouterr().err
