@@ -309,6 +309,9 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
             train_x, train_y = train_features[known], train_targets[known, a]
         for task in tasks:
             row = {"task": task, "attribute": attribute, "classes": classes, "images": len(y)}
+            if task == "probe" and len(tasks) > 1 and len(train_y) < 10:
+                print(f"no probe: {len(train_y)} labelled training images", file=sys.stderr)
+                continue
             if task == "probe":
                 moved = (t.to(run.idf.df.device) for t in (train_x, train_y, x))
                 scores, penalty = probe(*moved, classes)

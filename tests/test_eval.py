@@ -17,7 +17,7 @@ from eval import extract, fewshot, probe, retrieval, top1, zeroshot, zeroshot_by
 from run import Run, own_rows, read_jsonl
 from sources import load_source
 from superclass import IDF, SuperClass, ViT
-from tests.conftest import COLOURS, caption, load, picture, train_flags
+from tests.conftest import COLOURS, caption, load, make_shards, picture, train_flags
 from tokenizer import UserError, caption_labels, caption_tokens, load_tokenizer
 
 TEXTS = ["a red star", "a blue star", "a red ball", "a green ball"]
@@ -192,6 +192,20 @@ def test_commands_print_a_table_and_append_rows(run, capsys, task):
     assert row["top1"] > 0.9
     if task == "fewshot":
         assert row["shots"] == 5 and row["draws"] == 3 and row["deviation"] >= 0
+
+
+def test_training_data_without_labels_still_allow_zeroshot(run, tmp_path, capsys):
+    """The classes are known by name, but no training image has one: as in shards without .cls."""
+    loaded = runs.load_run(run, torch.device("cpu"))
+    (tmp_path / "names.txt").write_text("\n".join(COLOURS))
+    folder = make_shards(tmp_path / "shards")
+    train_source = load_source(str(folder), class_names=str(tmp_path / "names.txt"))
+    val = load_source(loaded.config.data, class_names=str(tmp_path / "names.txt"))
+    tasks = ["zeroshot", "probe", "fewshot"]
+    found = evaluation.measure(tasks, loaded, train_source, val, workers=0)
+    assert [row["task"] for row in found] == ["zeroshot"]
+    message = capsys.readouterr().err
+    assert "no probe: 0 labelled training images" in message and "no 10-shot" in message
 
 
 def test_features_do_not_depend_on_batches(run, monkeypatch, device):
