@@ -132,8 +132,8 @@ def bench_kinds(args, micro_batch: int):
     """All kinds in turn, in one process; ratios are medians over rounds."""
     steps = {kind: warm(args, micro_batch, kind=kind) for kind in KINDS}
     rounds = [
-        {kind: seconds(step, args.device, args.repeats) for kind, (step, _) in steps.items()}
-        for _ in range(2 if args.quick else 5)
+        {kind: seconds(steps[kind][0], args.device, args.repeats) for kind in KINDS[:: (-1) ** n]}
+        for n in range(2 if args.quick else 6)  # every other round in reverse
     ]
     table(f"In turn, micro-batch {micro_batch}", "model", "images/s", "time ÷ SuperClass's", "GB")
     for kind in KINDS:
