@@ -149,8 +149,8 @@ def top_words(run: Run, logits: Tensor, number: int, lift: bool = False) -> list
     """
     p, frequency = log_probabilities(run, logits).exp(), run.idf.df / run.idf.n.clamp(min=1)
     lifts = torch.where(frequency > 0, p / frequency, 0.0)
-    value = lifts * (p > p.max() / 10) if lift else p
-    best = value.argsort(descending=True)[:number].tolist()
+    best = (lifts if lift else p).argsort(descending=True)
+    best = (best[p[best] > p.max() / 10] if lift else best)[:number].tolist()
     return [Word(spell(i, run.tokenizer), i, p[i].item(), lifts[i].item()) for i in best]
 
 
