@@ -229,7 +229,7 @@ def init_head(model: nn.Module, path: Path, config: argparse.Namespace, say: Cal
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU."""
+    """The device of that name, set to exact arithmetic; "auto" is CUDA, else MPS, else the CPU."""
     # The same bits each time on a GPU, too, for whoever sets what cuBLAS needs for that.
     torch.use_deterministic_algorithms("CUBLAS_WORKSPACE_CONFIG" in os.environ)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products

@@ -51,7 +51,7 @@ def draw(lines: dict[tuple[str, str], list[tuple]], label: str, path: Path):
         axes.set_ylim(bottom=0)
         axes.minorticks_off()
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    page.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    page.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     page.savefig(path)
 
 
