@@ -1,7 +1,7 @@
 """Captions and answers from encoders of different objectives, by a small language model.
 
     python experiments/captions.py shapes --seeds 1 2
-    python experiments/captions.py icons --seeds 1 2       after compare.py, whose encoders it takes
+    python experiments/captions.py icons --seeds 1 2       with the encoders of compare.py
 
 A language model learns on each encoder, locked, from the same images: SuperClass, CLIP, supervised,
 and one without training. Captions of shapes are scored against five of the same scene, those of
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from common import cell, print_table, read_jsonl, score, train_all
-from compare import FLAGS, ICONS, PLACE
+from compare import FLAGS, ICONS, PLACE, choose_rates, run_of
 
 import shapes
 from eval import cider
@@ -22,6 +22,7 @@ from eval import cider
 OBJECTIVES = ("superclass", "clip", "supervised", "untrained")
 TASKS = {"captions": "shapes", "answers": "shapes-questions"}
 SHARED = ["--workers", "1", "--precision", "fp32", "--no-first-eval"]
+SAMPLES = 102_400  # images that an encoder of compare.py has seen
 SCENES, CAPTIONS = 1_000, 5
 
 
@@ -43,12 +44,13 @@ def write_references(folder: Path) -> Path:
     return table
 
 
-def encoders_of(data: str, seed: str) -> tuple[dict[str, Path], dict[Path, list[str]]]:
+def encoders_of(data: str, seed: str, rates: dict) -> tuple[dict[str, Path], dict[Path, list[str]]]:
     """The folder of each objective's encoder, and the command lines of those to train."""
     untrained = ["--samples", "256", "--lr", "0", "--seed", seed]
     if data == "icons":
-        folders = {name: PLACE / f"{name}-102400-{seed}" for name in OBJECTIVES}
-        return folders, {folders["untrained"]: [*FLAGS, *untrained]}
+        own = dict(run_of(name, rates, SAMPLES, int(seed)) for name in rates)
+        folders = dict(zip(rates, own, strict=True)) | {"untrained": PLACE / f"untrained-{seed}"}
+        return folders, own | {folders["untrained"]: [*FLAGS, *untrained]}
     folders = {name: Path(f"runs/captions/{name}-{seed}") for name in OBJECTIVES}
     own = {n: ["--objective", n, "--seed", seed] for n in OBJECTIVES} | {"untrained": untrained}
     return folders, {folders[name]: [*SHARED, *own[name]] for name in OBJECTIVES}
@@ -65,9 +67,11 @@ def main():
     if args.data == "shapes":
         references = str(write_references(place / "references"))
 
-    encoders, readers = {}, {}
+    encoders, readers, rates = {}, {}, {}
+    if args.data == "icons":
+        rates = choose_rates(list(OBJECTIVES[:3]), SAMPLES, int(args.seeds[0]), jobs=2)
     for seed in args.seeds:
-        folders, own = encoders_of(args.data, seed)
+        folders, own = encoders_of(args.data, seed, rates)
         encoders |= own
         for name, encoder in folders.items():
             for prefix in ("patches", "pooled"):

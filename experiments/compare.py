@@ -5,7 +5,7 @@
 Needs data/icons, which icons.py builds. All rows share encoder, data, order, schedule and seeds;
 only the objective differs, or the labels. What is chosen is chosen on labelled icons of training
 sets that were kept out of training, never on the test: the learning rate of a row, the best of
-RATES in a run of half the length with seed 0, and the prompts of its zero-shot. The row
+RATES with the first seed at full length, and the prompts of each run's zero-shot. The row
 "equal time" is SuperClass with as many images as it sees in the time that CLIP needs. The command
 can be stopped and repeated; it goes on where it was.
 """
@@ -42,7 +42,7 @@ ROWS = {
     "soft-margin": ["--loss", "soft_margin"],
     "two-way": ["--loss", "two_way"],
     "supervised": ["--objective", "supervised", "--data", f"{ICONS}/labelled-*.tar"],
-    "lit": ["--objective", "lit", "--init", str(PLACE / "superclass-SAMPLES-SEED")],
+    "lit": ["--objective", "lit"],  # on the encoder of SuperClass's run
 }
 RATES = ("1e-3", "2e-3", "4e-3")
 PROMPTS = [["{}"], ["a {}"], ["{} outline"], ["{} icon"], ["{}", "{} outline", "{} filled"]]
@@ -51,11 +51,13 @@ PROBE = 10_000  # training images of the probe
 SCORES = ("zero-shot", "head", "rare", "probe", "10-shot", "retrieval")
 
 
-def flags(row: str, samples: int, seed: int, rate: str) -> list[str]:
-    """The command line of a run; a tenth of its steps is warm-up."""
-    own = [flag.replace("SAMPLES", str(samples)).replace("SEED", str(seed)) for flag in ROWS[row]]
-    own += ["--samples", str(samples), "--warmup", str(samples // BATCH // 10)]
-    return [*FLAGS, *own, "--seed", str(seed), "--lr", rate]
+def run_of(row: str, rates: dict, samples: int, seed: int) -> tuple[Path, list[str]]:
+    """The folder and the command line of a run; a tenth of its steps is warm-up."""
+    own = ["--samples", str(samples), "--warmup", str(samples // BATCH // 10)]
+    own += ["--seed", str(seed), "--lr", rates[row]]
+    if row == "lit":
+        own += ["--init", str(run_of("superclass", rates, samples, seed)[0])]
+    return PLACE / f"{row}-{samples}-{seed}-{rates[row]}", [*FLAGS, *ROWS[row], *own]
 
 
 def measure(folder: Path, held_out_only: bool = False) -> dict:
@@ -100,6 +102,11 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
     return found
 
 
+def measure_all(folders, jobs: int, **options) -> list[dict]:
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(functools.partial(measure, **options), folders))
+
+
 def top1(scores: torch.Tensor, targets: torch.Tensor) -> float:
     return evaluation.top1(scores, targets.flatten())
 
@@ -111,47 +118,54 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
-    samples, seeds, rows = args.samples, args.seeds, args.rows
-    with ProcessPoolExecutor(args.jobs) as pool:
-        best = choose_rates(samples // 2, [row for row in rows if row != "lit"], args.jobs, pool)
-        best["lit"] = best.get("clip", "2e-3")  # its text tower is CLIP's
+    if "lit" in args.rows and "superclass" not in args.rows:
+        parser.error("lit needs the encoders of superclass")
+    samples, seeds, rows, jobs = args.samples, args.seeds, args.rows, args.jobs
+    rates = choose_rates(rows, samples, seeds[0], jobs)
 
-        def run_all(names: list[str], samples: int) -> dict[str, list[dict]]:
-            folders = {row: [PLACE / f"{row}-{samples}-{seed}" for seed in seeds] for row in names}
-            pairs = [(row, s, f) for row in names for s, f in zip(seeds, folders[row], strict=True)]
+    def run_all(rows: list[str], samples: int) -> dict[str, list[dict]]:
+        runs = {row: [run_of(row, rates, samples, seed) for seed in seeds] for row in rows}
+        for group in in_order(rows):
             # Seed by seed, so that a command that is stopped has whole seeds.
-            pairs.sort(key=lambda pair: seeds.index(pair[1]))
-            train_all({f: flags(row, samples, s, best[row]) for row, s, f in pairs}, args.jobs)
-            return {row: list(pool.map(measure, folders[row])) for row in names}
+            by_seed = zip(*(runs[row] for row in group), strict=True)
+            train_all(dict(run for one in by_seed for run in one), jobs)
+        return {row: measure_all(dict(runs[row]), jobs) for row in rows}
 
-        found = run_all([row for row in rows if row != "lit"], samples)
-        if "lit" in rows:  # starts from the runs of another row
-            found |= run_all(["lit"], samples)
-        show(found, best, samples)
-        if {"superclass", "clip"} <= set(rows):
-            minutes = {row: median(f["minutes"] for f in found[row]) for row in found}
-            longer = round(samples * minutes["clip"] / minutes["superclass"] / BATCH) * BATCH
-            found = run_all(["superclass"], longer)
-            show({"superclass, equal time": found["superclass"]}, best, longer)
+    found = run_all(rows, samples)
+    show(found, rates, samples)
+    if {"superclass", "clip"} <= set(rows):
+        minutes = {row: median(f["minutes"] for f in found[row]) for row in found}
+        longer = round(samples * minutes["clip"] / minutes["superclass"] / BATCH) * BATCH
+        found = run_all(["superclass"], longer)
+        show({"superclass, equal time": found["superclass"]}, rates, longer)
 
 
-def choose_rates(samples: int, rows: list[str], jobs: int, pool) -> dict[str, str]:
+def in_order(rows: list[str]) -> list[list[str]]:
+    """The rows that start from nothing, then LiT, which starts from a run of another row."""
+    return [[row for row in rows if row != "lit"], [row for row in rows if row == "lit"]]
+
+
+def choose_rates(rows: list[str], samples: int, seed: int, jobs: int) -> dict[str, str]:
     """The learning rate of each row that is best on the held-out icons of training."""
-    sweep = {(row, r): PLACE / f"sweep-{row}-{samples}-{r}" for row in rows for r in RATES}
-    train_all({f: flags(row, samples, 0, r) for (row, r), f in sweep.items()}, jobs)
-    found = pool.map(functools.partial(measure, held_out_only=True), sweep.values())
-    scores = dict(zip(sweep, (scores["held out"] for scores in found), strict=True))
-    for row in rows:
-        print(row, *(f"{rate}: {scores[row, rate]:.3f}" for rate in RATES), flush=True)
-    return {row: max(RATES, key=lambda rate: scores[row, rate]) for row in rows}
+    best = {}
+    for group in in_order(rows):
+        pairs = [(row, rate) for row in group for rate in RATES]
+        sweep = dict(run_of(row, best | {row: rate}, samples, seed) for row, rate in pairs)
+        train_all(sweep, jobs)
+        found = measure_all(sweep, jobs, held_out_only=True)
+        scores = dict(zip(pairs, (scores["held out"] for scores in found), strict=True))
+        for row in group:
+            print(row, *(f"{rate}: {scores[row, rate]:.3f}" for rate in RATES), flush=True)
+            best[row] = max(RATES, key=lambda rate, row=row: scores[row, rate])
+    return best
 
 
-def show(found: dict[str, list[dict]], best: dict[str, str], samples: int):
+def show(found: dict[str, list[dict]], rates: dict[str, str], samples: int):
     print(f"\n{samples:,} images\n")
     lines = []
     for row, runs in found.items():
         columns = [[scores[key] for scores in runs if key in scores] for key in SCORES]
-        line = [row, best[row.split(",")[0]], str(len(runs))]
+        line = [row, rates[row.split(",")[0]], str(len(runs))]
         line += [cell(values) if values else "" for values in columns]
         line += [f"{median(scores['images/s'] for scores in runs):.0f}"]
         lines.append([*line, f"{median(scores['minutes'] for scores in runs):.1f}"])

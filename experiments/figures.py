@@ -10,12 +10,12 @@ and repeated; it goes on where it was.
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
 from common import cell, print_table, train_all
-from compare import BATCH, PLACE, choose_rates, flags, measure
+from compare import BATCH, PLACE, choose_rates, measure_all
+from compare import run_of as compared
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -26,15 +26,16 @@ BATCHES = (32, 64, 128, 256, 512, 1024)
 MODELS, LENGTHS = ("XXS/8", "XS/8", "Ti/8"), (51_200, 102_400, 307_200)
 
 
-def run_of(row: str, rate: str, samples: int, seed: int, batch=BATCH, model="XS/8"):
+def run_of(row: str, rates: dict, samples: int, seed: int, batch=BATCH, model="XS/8"):
     """The folder and the command line of a run; compare.py's own where nothing differs."""
-    folder, own = f"{row}-{samples}-{seed}", flags(row, samples, seed, rate)
+    folder, own = compared(row, rates, samples, seed)
     if (batch, model) != (BATCH, "XS/8"):
         width = SIZES[model.split("/")[0]][0] / SIZES["XS"][0]
-        folder = f"{row}-{model.replace('/', '-')}-{batch}-{samples}-{seed}"
+        folder = PLACE / f"{folder.name}-{batch}-{model.replace('/', '-')}"
         own += ["--batch-size", str(batch), "--warmup", str(samples // batch // 10)]
-        own += ["--model", model, "--lr", f"{float(rate) * (batch / BATCH) ** 0.5 / width:.2g}"]
-    return PLACE / folder, own
+        rate = float(rates[row]) * (batch / BATCH) ** 0.5 / width
+        own += ["--model", model, "--lr", f"{rate:.2g}"]
+    return folder, own
 
 
 def draw(lines: dict[tuple[str, str], list[tuple]], label: str, path: Path):
@@ -59,7 +60,7 @@ def main():
     parser = argparse.ArgumentParser(description="Draw scores over batch sizes or lengths.")
     parser.add_argument("figure", choices=("batch", "scale"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--samples", type=int, default=102_400, help="batch: of each run")
+    parser.add_argument("--samples", type=int, default=102_400, help="of a run of the sweep")
     parser.add_argument("--models", nargs="+", default=MODELS, help="scale: the encoders")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
@@ -77,19 +78,17 @@ def main():
             for length in LENGTHS
         ]
     lines, table = {}, []
-    with ProcessPoolExecutor(args.jobs) as pool:
-        best = choose_rates(51_200, list(rows), args.jobs, pool)
-        runs = [
-            [run_of(row, best[row], seed=seed, **own) for seed in args.seeds]
-            for _, row, _, own in kinds
-        ]
-        train_all(dict(run for group in zip(*runs, strict=True) for run in group), args.jobs)
-        for (line, _, x, _), group in zip(kinds, runs, strict=True):
-            found = list(pool.map(measure, (folder for folder, _ in group)))
-            columns = {score: [scores[score] for scores in found] for score in SCORES}
-            for score, values in columns.items():
-                lines.setdefault((line, score), []).append((x, values))
-            table.append([line, f"{x:,}", *map(cell, columns.values())])
+    rates = choose_rates(list(rows), args.samples, args.seeds[0], args.jobs)
+    runs = [
+        [run_of(row, rates, seed=seed, **own) for seed in args.seeds] for _, row, _, own in kinds
+    ]
+    train_all(dict(run for group in zip(*runs, strict=True) for run in group), args.jobs)
+    for (line, _, x, _), group in zip(kinds, runs, strict=True):
+        found = measure_all(dict(group), args.jobs)
+        columns = {score: [scores[score] for scores in found] for score in SCORES}
+        for score, values in columns.items():
+            lines.setdefault((line, score), []).append((x, values))
+        table.append([line, f"{x:,}", *map(cell, columns.values())])
     what = "global batch" if args.figure == "batch" else "images seen"
     print_table(["run", what, *SCORES], table)
     draw(lines, what, Path(f"assets/{args.figure}.png"))
