@@ -2,10 +2,10 @@
 
     python experiments/compare.py --samples 102400 --seeds 1 2 3
 
-Needs data/icons, which icons.py builds. All rows share encoder, data, order, schedule and seeds;
-only the objective differs, or the labels. What is chosen is chosen on labelled icons of training
-sets that were kept out of training, never on the test: the learning rate of a row, the best of
-RATES with the first seed at full length, and the prompts of each run's zero-shot. The row
+Needs data/plain, which `icons.py --plain` builds. All rows share encoder, data, order, schedule and
+seeds; only the objective differs, or the labels. What is chosen is chosen on labelled icons of
+training sets that were kept out of training, never on the test: the learning rate of a row, the
+best of RATES with the first seed at full length, and the prompts of each run's zero-shot. The row
 "equal time" is SuperClass with as many images as it sees in the time that CLIP needs. The command
 can be stopped and repeated; it goes on where it was.
 """
@@ -25,7 +25,7 @@ from baselines import CLIP
 from run import load_run, publish
 from sources import load_source
 
-ICONS, PLACE = "data/icons", Path("runs/icons")
+ICONS, PLACE = "data/plain", Path("runs/icons")
 BATCH = 256
 FLAGS = ["--data", f"{ICONS}/train-*.tar", "--class-names", f"{ICONS}/classes.txt"]
 FLAGS += ["--tokenizer", "bpe:2048", "--batch-size", str(BATCH), "--workers", "1"]

@@ -28,7 +28,9 @@ Decisions:
   category or the title of the set. All of it is text that the designers wrote, and nothing is
   removed: words of style ("outline") and size ("24") are the filler words of these captions.
 - Drawing: an icon of one colour is dark on a light ground or light on a dark one, in random hues;
-  an icon with colours of its own keeps them, on a light ground.
+  an icon with colours of its own keeps them, on a light ground. With --plain, black on white and
+  own colours on white: an encoder learns these sooner (compare.py uses them) but knows nothing
+  else.
 - Duplicates: an icon with the same drawing code or the same grey pixels (at 32 px and in 16
   levels, whatever --size) as an earlier one is dropped. Held-out sets are read first, so that no
   drawing of the test is in training.
@@ -230,11 +232,13 @@ def random_colour(key: str, what: str, darkest: float, lightest: float) -> tuple
     return tuple(round(255 * part) for part in rgb)
 
 
-def paint(drawn: Image.Image, key: str, coloured: bool) -> Image.Image:
+def paint(drawn: Image.Image, key: str, coloured: bool, plain: bool) -> Image.Image:
     """The icon as RGB on a ground; one without colours of its own gets one."""
     ink, ground = random_colour(key, "dark", 0, 0.35), random_colour(key, "light", 0.85, 1)
     if not coloured and chance(key, "reverse") < 0.5:
         ink, ground = ground, ink
+    if plain:
+        ink, ground = (0, 0, 0), (255, 255, 255)
     image = Image.new("RGB", drawn.size, ground)
     ink = drawn.convert("RGB") if coloured else ink
     image.paste(ink, (0, 0, *drawn.size), drawn.getchannel("A"))
@@ -251,8 +255,8 @@ def digest_pixels(drawn: Image.Image) -> bytes:
 class Drawer:
     """Draws icons that were not drawn before, and keeps the keys of the others in `left_out`."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, plain: bool):
+        self.size, self.plain = size, plain
         self.seen: set[bytes] = set()
         kinds = ("same code", "same pixels", "blank", "could not be drawn")
         self.left_out: dict[str, list[str]] = {kind: [] for kind in kinds}
@@ -274,7 +278,7 @@ class Drawer:
             return self.left_out["same pixels"].append(key)
         self.seen |= {code, pixels}
         buffer = io.BytesIO()
-        paint(drawn, key, coloured).save(buffer, "PNG")
+        paint(drawn, key, coloured, self.plain).save(buffer, "PNG")
         return buffer.getvalue()
 
 
@@ -282,9 +286,9 @@ class Drawer:
 # From the tarball to shards.
 
 
-def build(tar: tarfile.TarFile, size: int) -> tuple[dict[str, list[Sample]], dict]:
+def build(tar: tarfile.TarFile, drawer: Drawer) -> tuple[dict[str, list[Sample]], dict]:
     """{split: samples in the order of the shards}, and the statistics; all images are in memory."""
-    collections, drawer = read_json(tar, "collections"), Drawer(size)
+    collections = read_json(tar, "collections")
     splits = {name: [] for name in ("train", "labelled", "prompts", "val", "rare", "unseen")}
     for prefix, held_out in choose_sets(collections).items():
         for key, name, caption, icon in read_icons(tar, prefix):
@@ -412,7 +416,7 @@ def run(args: argparse.Namespace):
     with open_tarball(args.tarball) as tar:
         if args.list:
             return list_sets(read_json(tar, "collections"))
-        splits, figures = build(tar, args.size)
+        splits, figures = build(tar, Drawer(args.size, args.plain))
     write(out, splits, figures)
     for what in ("icons", "left out"):
         print(f"{what}: {', '.join(f'{name} {n:,}' for name, n in figures[what].items())}")
@@ -423,6 +427,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("tarball", type=Path, help="of the npm package @iconify/json")
     parser.add_argument("--out", type=Path, default=Path("data/icons"), help="a new folder")
     parser.add_argument("--size", type=int, choices=(32, 64), default=32, help="pixels")
+    parser.add_argument("--plain", action="store_true", help="black on white, no random colours")
     parser.add_argument("--list", action="store_true", help="only list the sets that are used")
     try:
         run(parser.parse_args(argv))

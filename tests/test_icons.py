@@ -134,6 +134,15 @@ def test_pictures_show_the_icon_in_two_colours_or_its_own(out):
     assert (208, 32, 32) in {colour for _, colour in apple.getcolors(1024)}
 
 
+def test_plain_pictures_are_black_on_white_and_the_rest_is_the_same(tarball, out, tmp_path):
+    icons.main([str(tarball), "--out", str(tmp_path / "plain"), "--plain"])
+    coloured, plain = read(out, "train"), read(tmp_path / "plain", "train")
+    assert {k: v["txt"] for k, v in plain.items()} == {k: v["txt"] for k, v in coloured.items()}
+    monkey = Image.open(io.BytesIO(plain["plain_monkey"]["png"]))
+    assert all(red == green == blue for _, (red, green, blue) in monkey.getcolors(1024))
+    assert monkey.getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_list_names_the_sets_with_their_licences(tarball, capsys):
     icons.main([str(tarball), "--list"])
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
