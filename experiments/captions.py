@@ -11,6 +11,7 @@ scene. The command can be stopped and repeated; it goes on where it was.
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import cell, print_table, read_jsonl, score, train_all
@@ -83,17 +84,19 @@ def main():
                     ]  # fmt: skip
     train_all(encoders)
     train_all(readers)
+    with ThreadPoolExecutor(2) as pool:  # answers are scored on unseen scenes of their own
+        flags = [[] if "-answers-" in run.name else ["--data", references] for run in readers]
+        found = pool.map(lambda run, own: score(run, "caption", *own), readers, flags)
+        scores = dict(zip(readers, found, strict=True))
 
     rows = []
     for name in OBJECTIVES:
         for prefix in ("patches", "pooled"):
-            runs = {t: [place / f"{name}-{prefix}-{t}-{s}" for s in args.seeds] for t in tasks}
-            described = [
-                score(run, "caption", "--data", references) for run in next(iter(runs.values()))
-            ]
-            answered = [score(run, "caption")["exact"] for run in runs.get("answers", ())]
-            line = [name, prefix, str(len(args.seeds)), cell([row["cider"] for row in described])]
-            rows.append([*line, cell(answered) if answered else ""])
+            line = [name, prefix, str(len(args.seeds))]
+            for task, key in zip(tasks, ("cider", "exact"), strict=False):
+                runs = [place / f"{name}-{prefix}-{task}-{seed}" for seed in args.seeds]
+                line.append(cell([scores[run][key] for run in runs]))
+            rows.append([*line, ""][:5])
     if args.data == "shapes":
         pairs = read_jsonl(place / "references" / "ceiling.jsonl")
         value = cider([row["other"] for row in pairs], [row["references"] for row in pairs])
