@@ -268,7 +268,8 @@ def classify(
         scores = model.head(model.norm(features.to(run.idf.df.device))).float().cpu()
         return scores.split(list(map(len, classes)), dim=1)[attribute]
     by_text = task == "zeroshot" and isinstance(model, CLIP)
-    prompts = prompts or (PROMPTS if by_text else ["{}"])
+    if task == "head" or not prompts:  # what is asked of SuperCLIP is for its towers
+        prompts = PROMPTS if by_text else ["{}"]
     texts = [[prompt.replace("{}", name) for name in ns for prompt in prompts] for ns in names]
     return (zeroshot_by_text if by_text else zeroshot)(run, features, texts)
 

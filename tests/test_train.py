@@ -17,7 +17,7 @@ import run as runs
 import train
 from baselines import LOSSES
 from caption import load_gpt2
-from run import init_encoder, read_jsonl
+from run import init_encoder, load_run, read_jsonl
 from superclass import SuperClass, build_encoder
 from tests.conftest import COLOURS, TINY, caption, encoded, load, make_pairs, picture, train_flags
 from tests.die import at_call, launch, start
@@ -192,6 +192,10 @@ def test_objectives_learn_and_are_evaluated(classes, tmp_path, flags, device):
     tasks = {"supervised": ["head"], "superclip": ["head", "zeroshot"]}.get(flags[1], ["zeroshot"])
     assert [(row["step"], row["task"]) for row in rows] == [(20, t) for t in [*tasks, "probe"]]
     assert rows[-1]["top1"] > 0.9 and all(row["top1"] > 0.6 for row in rows)
+    if flags[1] == "superclip":  # prompts are for its towers, not for its head
+        found, x = load_run(run, torch.device("cpu")), torch.randn(4, 128)
+        ask = functools.partial(evaluation.classify, found, "head", 0, [["red"], ["blue"]], x)
+        assert torch.equal(ask({"prompts": ["{} green"]}), ask({}))
 
 
 def test_scores_of_other_data_do_not_stand_for_a_missing_evaluation(classes, tmp_path, device):
