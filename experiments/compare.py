@@ -5,7 +5,7 @@
 Needs data/plain, which `icons.py --plain` builds. All rows share encoder, data, order, schedule and
 seeds; only the objective differs, or the labels. What is chosen is chosen on labelled icons of
 training sets that were kept out of training, never on the test: the learning rate of a row, the
-best of RATES with the first seed at full length, and the prompts of each run's zero-shot. The row
+best of a sweep with the first seed at full length, and the prompts of each run's zero-shot. The row
 "equal time" is SuperClass with as many images as it sees in the time that CLIP needs. The command
 can be stopped and repeated; it goes on where it was.
 """
@@ -44,7 +44,7 @@ ROWS = {
     "supervised": ["--objective", "supervised", "--data", f"{ICONS}/labelled-*.tar"],
     "lit": ["--objective", "lit"],  # on the encoder of SuperClass's run
 }
-RATES = ("1e-3", "2e-3", "4e-3")
+RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 PROMPTS = [["{}"], ["a {}"], ["{} outline"], ["{} icon"], ["{}", "{} outline", "{} filled"]]
 PROMPTS += [["a {}", "a photo of a {}", "a picture of the {}"]]
 PROBE = 10_000  # training images of the probe
@@ -146,17 +146,27 @@ def in_order(rows: list[str]) -> list[list[str]]:
 
 
 def choose_rates(rows: list[str], samples: int, seed: int, jobs: int) -> dict[str, str]:
-    """The learning rate of each row that is best on the held-out icons of training."""
+    """The learning rate of each row that is best on the held-out icons of training.
+
+    Begins with the middle three of RATES and goes on until both neighbours of the best are tried.
+    """
     best = {}
     for group in in_order(rows):
-        pairs = [(row, rate) for row in group for rate in RATES]
-        sweep = dict(run_of(row, best | {row: rate}, samples, seed) for row, rate in pairs)
-        train_all(sweep, jobs)
-        found = measure_all(sweep, jobs, held_out_only=True)
-        scores = dict(zip(pairs, (scores["held out"] for scores in found), strict=True))
+        scores, pairs = {row: {} for row in group}, [(row, r) for row in group for r in RATES[2:5]]
+        while pairs:
+            sweep = dict(run_of(row, best | {row: rate}, samples, seed) for row, rate in pairs)
+            train_all(sweep, jobs)
+            found = measure_all(sweep, jobs, held_out_only=True)
+            for (row, rate), score in zip(pairs, found, strict=True):
+                scores[row][rate] = score["held out"]
+            best |= {row: max(scores[row], key=scores[row].get) for row in group}
+            place = {row: RATES.index(best[row]) for row in group}
+            near = [(row, r) for row in group for r in RATES[max(place[row] - 1, 0) :][:3]]
+            pairs = [(row, rate) for row, rate in near if rate not in scores[row]]
         for row in group:
-            print(row, *(f"{rate}: {scores[row, rate]:.3f}" for rate in RATES), flush=True)
-            best[row] = max(RATES, key=lambda rate, row=row: scores[row, rate])
+            print(
+                row, *(f"{r}: {scores[row][r]:.3f}" for r in RATES if r in scores[row]), flush=True
+            )
     return best
 
 
