@@ -11,10 +11,9 @@ scene. The command can be stopped and repeated; it goes on where it was.
 
 import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import cell, print_table, read_jsonl, score, train_all
+from common import cell, finished, print_table, read_jsonl, train_all
 from compare import FLAGS, ICONS, PLACE, choose_rates, run_of
 
 import shapes
@@ -24,7 +23,7 @@ OBJECTIVES = ("superclass", "clip", "supervised", "untrained")
 TASKS = {"captions": "shapes", "answers": "shapes-questions"}
 SHARED = ["--workers", "1", "--precision", "fp32", "--no-first-eval"]
 SAMPLES = 102_400  # images that an encoder of compare.py has seen
-SCENES, CAPTIONS = 1_000, 5
+SCENES, CAPTIONS = 500, 5
 
 
 def write_references(folder: Path) -> Path:
@@ -77,17 +76,14 @@ def main():
         for name, encoder in folders.items():
             for prefix in ("patches", "pooled"):
                 for task, data in tasks.items():
+                    val = ["--val-data", references] if task != "answers" else []
                     readers[place / f"{name}-{prefix}-{task}-{seed}"] = [
-                        *(FLAGS if args.data == "icons" else SHARED), "--data", data,
+                        *(FLAGS if args.data == "icons" else SHARED), "--data", data, *val,
                         "--objective", "caption", "--init", str(encoder), "--prefix", prefix,
                         "--samples", args.samples, "--seed", seed,
                     ]  # fmt: skip
     train_all(encoders)
     train_all(readers)
-    with ThreadPoolExecutor(2) as pool:  # answers are scored on unseen scenes of their own
-        flags = [[] if "-answers-" in run.name else ["--data", references] for run in readers]
-        found = pool.map(lambda run, own: score(run, "caption", *own), readers, flags)
-        scores = dict(zip(readers, found, strict=True))
 
     rows = []
     for name in OBJECTIVES:
@@ -95,7 +91,7 @@ def main():
             line = [name, prefix, str(len(args.seeds))]
             for task, key in zip(tasks, ("cider", "exact"), strict=False):
                 runs = [place / f"{name}-{prefix}-{task}-{seed}" for seed in args.seeds]
-                line.append(cell([scores[run][key] for run in runs]))
+                line.append(cell([finished(run)[1][key] for run in runs]))
             rows.append([*line, ""][:5])
     if args.data == "shapes":
         pairs = read_jsonl(place / "references" / "ceiling.jsonl")

@@ -61,24 +61,25 @@ def main():
     parser.add_argument("figure", choices=("batch", "scale"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=102_400, help="of a run of the sweep")
+    parser.add_argument("--rows", nargs="+", default=["superclass", "clip", "superclip"])
     parser.add_argument("--models", nargs="+", default=MODELS, help="scale: the encoders")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
     if args.figure == "batch":
-        rows, points = ("superclass", "clip", "superclip"), BATCHES
         kinds = [
-            (row, row, b, {"samples": args.samples, "batch": b}) for row in rows for b in points
+            (row, row, b, {"samples": args.samples, "batch": b})
+            for row in args.rows
+            for b in BATCHES
         ]
     else:
-        rows = ("superclass", "clip")
         kinds = [
             (f"{row} {model}", row, length, {"samples": length, "model": model})
-            for row in rows
+            for row in args.rows
             for model in args.models
             for length in LENGTHS
         ]
     lines, table = {}, []
-    rates = choose_rates(list(rows), args.samples, args.seeds[0], args.jobs)
+    rates = choose_rates(args.rows, args.samples, args.seeds[0], args.jobs)
     runs = [
         [run_of(row, rates, seed=seed, **own) for seed in args.seeds] for _, row, _, own in kinds
     ]
