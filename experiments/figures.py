@@ -1,7 +1,7 @@
 """Two figures on icons: scores over the global batch, and over the images seen for three models.
 
-    python experiments/figures.py batch --seeds 1 2        is a large batch needed?
-    python experiments/figures.py scale --seeds 1 2        what do size and length buy?
+    python experiments/figures.py batch --rows superclass clip superclip    is a large one needed?
+    python experiments/figures.py scale                        what do size and length buy?
 
 Data, rows and choices are those of compare.py, whose runs are used where they fit: the learning
 rate of a row is the best of its sweep at a batch of 256, and follows the square root of the batch,
@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from common import cell, print_table, train_all
-from compare import BATCH, PLACE, choose_rates, measure_all
+from compare import BATCH, PLACE, ROWS, choose_rates, measure_all
 from compare import run_of as compared
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -61,7 +61,7 @@ def main():
     parser.add_argument("figure", choices=("batch", "scale"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=102_400, help="of a run of the sweep")
-    parser.add_argument("--rows", nargs="+", default=["superclass", "clip", "superclip"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["superclass", "clip"])
     parser.add_argument("--models", nargs="+", default=MODELS, help="scale: the encoders")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
