@@ -5,9 +5,10 @@
 Needs data/plain, which `icons.py --plain` builds. All rows share encoder, data, order, schedule and
 seeds; only the objective differs, or the labels. What is chosen is chosen on labelled icons of
 training sets that were kept out of training, never on the test: the learning rate of a row, the
-best of a sweep with the first seed at full length, and the prompts of each run's zero-shot. The row
-"equal time" is SuperClass with as many images as it sees in the time that CLIP needs. The command
-can be stopped and repeated; it goes on where it was.
+best of a sweep with the first seed at full length, and the prompts of each run's zero-shot. The
+sweep's scores are kept in sweep.json, which comes with the repository; without it all is swept
+again. The row "equal time" is SuperClass with as many images as it sees in the time that CLIP
+needs. The command can be stopped and repeated; it goes on where it was.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from run import load_run, publish
 from sources import load_source
 
 ICONS, PLACE = "data/plain", Path("runs/icons")
+SWEEP = Path("experiments/sweep.json")  # scores on held-out icons: row-samples-seed, rate, score
 BATCH = 256
 FLAGS = ["--data", f"{ICONS}/train-*.tar", "--class-names", f"{ICONS}/classes.txt"]
 FLAGS += ["--tokenizer", "bpe:2048", "--batch-size", str(BATCH), "--workers", "1"]
@@ -150,23 +152,25 @@ def choose_rates(rows: list[str], samples: int, seed: int, jobs: int) -> dict[st
 
     Begins with the middle three of RATES and goes on until both neighbours of the best are tried.
     """
-    best = {}
+
+    def missing(row: str) -> list[str]:
+        near = RATES.index(max(scores[row], key=scores[row].get)) if scores[row] else 3
+        return [rate for rate in RATES[max(near - 1, 0) :][:3] if rate not in scores[row]]
+
+    best, kept = {}, json.loads(SWEEP.read_text()) if SWEEP.exists() else {}
     for group in in_order(rows):
-        scores, pairs = {row: {} for row in group}, [(row, r) for row in group for r in RATES[2:5]]
-        while pairs:
+        scores = {row: kept.setdefault(f"{row}-{samples}-{seed}", {}) for row in group}
+        while pairs := [(row, rate) for row in group for rate in missing(row)]:
             sweep = dict(run_of(row, best | {row: rate}, samples, seed) for row, rate in pairs)
             train_all(sweep, jobs)
             found = measure_all(sweep, jobs, held_out_only=True)
             for (row, rate), score in zip(pairs, found, strict=True):
-                scores[row][rate] = score["held out"]
-            best |= {row: max(scores[row], key=scores[row].get) for row in group}
-            place = {row: RATES.index(best[row]) for row in group}
-            near = [(row, r) for row in group for r in RATES[max(place[row] - 1, 0) :][:3]]
-            pairs = [(row, rate) for row, rate in near if rate not in scores[row]]
+                scores[row][rate] = round(score["held out"], 4)
+            publish(json.dumps(kept, indent=1) + "\n", SWEEP)
         for row in group:
-            print(
-                row, *(f"{r}: {scores[row][r]:.3f}" for r in RATES if r in scores[row]), flush=True
-            )
+            best[row] = max(scores[row], key=scores[row].get)
+            tried = (rate for rate in RATES if rate in scores[row])
+            print(row, *(f"{rate}: {scores[row][rate]:.3f}" for rate in tried), flush=True)
     return best
 
 

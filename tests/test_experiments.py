@@ -1,0 +1,65 @@
+"""The experiments' choices and tables, on scores that are made up."""
+
+import json
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+compare = pytest.importorskip("compare")
+PEAK = {"superclass": 6, "clip": 0, "lit": 3}  # the place in RATES of each row's best
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """The folders that are trained, in order; a run scores less the further it is from PEAK."""
+    runs = []
+
+    def measure_all(folders, jobs, held_out_only=False):
+        scores = []
+        for folder in folders:
+            row, _, seed, rate = folder.name.split("-", 3)
+            away = abs(compare.RATES.index(rate) - PEAK[row])
+            scores.append({"held out": 1 - away / 10, "minutes": 8 if row == "clip" else 4})
+            scores[-1] |= dict.fromkeys(compare.SCORES, int(seed) / 8)
+            scores[-1] |= {"images/s": 300, "prompts": ["a {}"]}
+        return scores
+
+    monkeypatch.setattr(compare, "SWEEP", tmp_path / "sweep.json")
+    monkeypatch.setattr(compare, "train_all", lambda folders, jobs: runs.extend(folders))
+    monkeypatch.setattr(compare, "measure_all", measure_all)
+    return runs
+
+
+def test_a_sweep_goes_on_until_the_best_has_two_worse_neighbours(trained, capsys):
+    best = compare.choose_rates(["superclass", "clip", "lit"], 512, 5, jobs=1)
+    assert best == {"superclass": "1.6e-2", "clip": "2.5e-4", "lit": "2e-3"}
+    assert len(trained) == len(set(trained)) == 5 + 5 + 3  # up, down, at once
+    assert "clip 2.5e-4: 1.000 5e-4: 0.900" in capsys.readouterr().out
+    # The scores are kept, also of a sweep that is to go on; another seed is another sweep.
+    kept = json.loads(compare.SWEEP.read_text())
+    kept["superclass-512-5"] = {"1e-3": 0.5, "2e-3": 0.6, "4e-3": 0.7}
+    compare.SWEEP.write_text(json.dumps(kept))
+    trained.clear()
+    assert compare.choose_rates(["superclass", "clip", "lit"], 512, 5, jobs=1) == best
+    names = [folder.name for folder in trained]
+    assert names == ["superclass-512-5-8e-3", "superclass-512-5-1.6e-2"]
+
+
+def test_the_table_has_all_seeds_and_superclass_in_the_time_of_clip(trained, capsys, monkeypatch):
+    argv = "compare.py --samples 25600 --seeds 2 4 --rows superclass clip lit"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    compare.main()
+    table = capsys.readouterr().out
+    assert table.count("0.375 ± 0.177") == 4 * len(compare.SCORES)
+    assert "51,200 images" in table and "superclass, equal time" in table
+    names = [folder.name for folder in trained]
+    assert names[-2:] == ["superclass-51200-2-1.6e-2", "superclass-51200-4-1.6e-2"]
+    for seed in (2, 4):  # LiT starts from the encoder of its own seed, which is trained before it
+        rates = {"superclass": "1.6e-2", "lit": "2e-3"}
+        lit, flags = compare.run_of("lit", rates, 25600, seed)
+        encoder = flags[flags.index("--init") + 1].split("/")[-1]
+        assert encoder == f"superclass-25600-{seed}-1.6e-2"
+        assert names.index(encoder) < names.index(lit.name)
