@@ -268,8 +268,7 @@ def classify(
         scores = model.head(model.norm(features.to(run.idf.df.device))).float().cpu()
         return scores.split(list(map(len, classes)), dim=1)[attribute]
     by_text = task == "zeroshot" and isinstance(model, CLIP)
-    if task == "head" or not prompts:  # what is asked of SuperCLIP is for its towers
-        prompts = PROMPTS if by_text else ["{}"]
+    prompts = prompts or (PROMPTS if by_text else ["{}"])
     texts = [[prompt.replace("{}", name) for name in ns for prompt in prompts] for ns in names]
     return (zeroshot_by_text if by_text else zeroshot)(run, features, texts)
 
@@ -325,8 +324,9 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
                 draws = [fewshot(train_x, train_y, x, classes, shots, n) for n in range(DRAWS)]
                 mean, deviation = mean_and_deviation([top1(scores, y) for scores in draws])
                 row |= {"top1": mean, "deviation": deviation, "shots": shots, "draws": DRAWS}
-            else:
-                row |= {"top1": top1(classify(run, task, a, names, x, options), y)}
+            else:  # what is asked of SuperCLIP is for its towers, not for its head
+                own = {} if task == "head" and "zeroshot" in tasks else options
+                row |= {"top1": top1(classify(run, task, a, names, x, own), y)}
             rows.append(row)
     return rows
 

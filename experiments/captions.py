@@ -4,13 +4,17 @@
     python experiments/captions.py icons --seeds 1 2       with the encoders of compare.py
 
 A language model learns on each encoder, locked, from the same images: SuperClass, CLIP, supervised,
-and one without training. Captions of shapes are scored against five of the same scene, those of
-icons of unseen sets against the designer's. The ceiling is a person's part: another caption of the
-scene. The command can be stopped and repeated; it goes on where it was.
+and one without training. These are other images than the encoder's of the same seed. Captions of
+shapes are scored against five of the same scene, those of icons of unseen sets against the
+designer's. On shapes all objectives have the learning rate of train.py, on icons that of their
+sweep. The rows below the encoders say what the scores are worth: what another caption of the scene
+reaches, the right words in one template, the most frequent answer to each question, and the
+designer's caption itself. The command can be stopped and repeated; it goes on where it was.
 """
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from common import cell, finished, print_table, read_jsonl, train_all
@@ -27,7 +31,7 @@ SCENES, CAPTIONS = 500, 5
 
 
 def write_references(folder: Path) -> Path:
-    """A table of unseen scenes, each with five captions, and a sixth one for the ceiling."""
+    """A table of unseen scenes, each with five captions; beside it, others to compare with them."""
     table = folder / "references.jsonl"
     if table.exists():
         return table
@@ -38,8 +42,10 @@ def write_references(folder: Path) -> Path:
         *texts, other = (shapes.caption(scene) for _ in range(CAPTIONS + 1))
         shapes.draw(scene)[0].save(folder / f"{i}.png")
         rows += [{"filepath": f"{i}.png", "caption": text} for text in texts]
-        others.append({"other": other, "references": texts})
-    (folder / "ceiling.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+        colour, shape = (shapes.ATTRIBUTES[key][scene[key]][0] for key in ("colour", "shape"))
+        right = f"a photo of the {colour} {shape}"
+        others.append({"other": other, "right": right, "references": texts})
+    (folder / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return table
 
@@ -80,7 +86,8 @@ def main():
                     readers[place / f"{name}-{prefix}-{task}-{seed}"] = [
                         *(FLAGS if args.data == "icons" else SHARED), "--data", data, *val,
                         "--objective", "caption", "--init", str(encoder), "--prefix", prefix,
-                        "--samples", args.samples, "--seed", seed,
+                        "--samples", args.samples, "--batch-size", "128",
+                        "--seed", str(int(seed) + 100),
                     ]  # fmt: skip
     train_all(encoders)
     train_all(readers)
@@ -94,9 +101,22 @@ def main():
                 line.append(cell([finished(run)[1][key] for run in runs]))
             rows.append([*line, ""][:5])
     if args.data == "shapes":
-        pairs = read_jsonl(place / "references" / "ceiling.jsonl")
-        value = cider([row["other"] for row in pairs], [row["references"] for row in pairs])
-        rows.append(["another caption of the scene", "", "", f"{value:.3f}", ""])
+        others = read_jsonl(place / "references" / "others.jsonl")
+        references = [row["references"] for row in others]
+        for name, key in (("another caption", "other"), ("the right words, one template", "right")):
+            value = cider([row[key] for row in others], references)
+            rows.append([name, "", "", f"{value:.3f}", ""])
+        texts = read_jsonl(place / f"superclass-patches-answers-{args.seeds[0]}/captions.jsonl")
+        answers = {}
+        for text in texts:
+            answers.setdefault(text["question"], Counter())[text["references"][0]] += 1
+        most = sum(max(counts.values()) for counts in answers.values()) / len(texts)
+        rows.append(["the most frequent answer", "", "", "", f"{most:.3f}"])
+    else:
+        texts = read_jsonl(place / f"superclass-patches-icons-{args.seeds[0]}/captions.jsonl")
+        references = [text["references"] for text in texts]
+        value = cider([texts[0] for texts in references], references)
+        rows.append(["the designer's caption", "", "", f"{value:.3f}", ""])
     print_table(["encoder", "prefix", "seeds", "CIDEr", "exact answers"], rows)
 
 

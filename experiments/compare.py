@@ -3,12 +3,16 @@
     python experiments/compare.py --samples 102400 --seeds 1 2 3
 
 Needs data/plain, which `icons.py --plain` builds. All rows share encoder, data, order, schedule and
-seeds; only the objective differs, or the labels. What is chosen is chosen on labelled icons of
-training sets that were kept out of training, never on the test: the learning rate of a row, the
-best of a sweep with the first seed at full length, and the prompts of each run's zero-shot. The
-sweep's scores are kept in sweep.json, which comes with the repository; without it all is swept
-again. The row "equal time" is SuperClass with as many images as it sees in the time that CLIP
-needs. The command can be stopped and repeated; it goes on where it was.
+seeds; only the objective differs, or the labels. But supervised learns from the fifth of the icons
+that has a class, and words leaves out the few captions without a known word. All heads are scored
+with IDF weights, also those trained without.
+
+What is chosen is chosen on labelled icons of training sets that were kept out of training, never on
+the test: the learning rate of a row, the best of a sweep with the first seed at full length, and
+the prompts of each run's zero-shot. The sweep's scores are kept in sweep.json, which comes with the
+repository; without it all is swept again. The row "equal time" is SuperClass with as many images as
+it sees in the time that CLIP needs. The command can be stopped and repeated; it goes on where it
+was.
 """
 
 import argparse
@@ -16,18 +20,18 @@ import functools
 import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from common import cell, finished, print_table, train_all
 
 import eval as evaluation
-from baselines import CLIP
 from run import load_run, publish
 from sources import load_source
 
-ICONS, PLACE = "data/plain", Path("runs/icons")
-SWEEP = Path("experiments/sweep.json")  # scores on held-out icons: row-samples-seed, rate, score
+ICONS = "data/plain"
+PLACE = Path("runs") / Path(ICONS).name
+SWEEP = Path("experiments/sweep.json")  # scores by data, row, length and seed; then by rate
 BATCH = 256
 FLAGS = ["--data", f"{ICONS}/train-*.tar", "--class-names", f"{ICONS}/classes.txt"]
 FLAGS += ["--tokenizer", "bpe:2048", "--batch-size", str(BATCH), "--workers", "1"]
@@ -73,32 +77,42 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
     extract = functools.partial(evaluation.extract, run, workers=0)
     classify = functools.partial(evaluation.classify, run)
 
-    held = open_source(f"{ICONS}/prompts-*.tar")
+    def choose_prompts(task: str) -> tuple[float, list[str]]:
+        scores = [top1(classify(task, 0, names, x, {"prompts": p}), y) for p in PROMPTS]
+        return max(scores), PROMPTS[scores.index(max(scores))]
+
+    objective, held = run.config.objective, open_source(f"{ICONS}/prompts-*.tar")
     (names,) = held.attributes.values()
     x, y, _ = extract(held)
-    asked = [None] if run.config.objective == "supervised" else PROMPTS
-    tried = [top1(classify("zeroshot", 0, names, x, {"prompts": p}), y) for p in asked]
-    found = {"held out": max(tried), "prompts": asked[tried.index(max(tried))]}
+    if objective == "supervised":
+        found = {"held out": top1(classify("zeroshot", 0, names, x, {}), y), "prompts": None}
+    else:
+        found = dict(zip(("held out", "prompts"), choose_prompts("zeroshot"), strict=True))
     if not held_out_only:
+        chosen = {"zero-shot": ("zeroshot", {"prompts": found["prompts"]})}
+        if objective == "superclip":  # it has both towers and a head
+            chosen["head"] = ("head", {"prompts": choose_prompts("head")[1]})
         val, labelled = (open_source(f"{ICONS}/{name}-*.tar") for name in ("val", "labelled"))
         x, y, _ = extract(val)
-        options = {"prompts": found["prompts"]}
-        found["zero-shot"] = top1(classify("zeroshot", 0, names, x, options), y)
-        if isinstance(run.model, CLIP) and hasattr(run.model, "head"):  # SuperCLIP has both
-            found["head"] = top1(classify("head", 0, names, x, {}), y)
-        if run.config.objective != "supervised":
+        for key, (task, options) in chosen.items():
+            found[key] = top1(classify(task, 0, names, x, options), y)
+        # Words outside the vocabulary have no score: many rare classes, some captions.
+        if objective != "supervised" and not run.config.tokenizer.startswith("words"):
             rare = load_source(f"{ICONS}/rare-*.tar", "val", class_names=f"{ICONS}/rare.txt")
             x_rare, y_rare, _ = extract(rare)
             (rare_names,) = rare.attributes.values()
+            options = {"prompts": found["prompts"]}
             found["rare"] = top1(classify("zeroshot", 0, rare_names, x_rare, options), y_rare)
             asked = {"limit": None, "workers": 0}
             found["retrieval"] = evaluation.measure_retrieval(run, val, asked)["i2t@1"]
-        train, labels, _ = extract(labelled, limit=20_000)
-        train, labels = train.clone(), labels[:, 0].clone()  # out of inference mode, for the probe
-        rest = train[:PROBE], labels[:PROBE], x.clone(), len(names)
-        found["probe"] = top1(evaluation.probe(*rest)[0], y)
-        shots = [evaluation.fewshot(train, labels, x, len(names), 10, n) for n in range(3)]
-        found["10-shot"] = sum(top1(scores, y) for scores in shots) / len(shots)
+        if objective != "lit":  # whose encoder is SuperClass's
+            train, labels, _ = extract(labelled, limit=20_000)
+            train, labels = train.clone(), labels[:, 0].clone()  # out of inference mode
+            rest = train[:PROBE], labels[:PROBE], x.clone(), len(names)
+            found["probe"] = top1(evaluation.probe(*rest)[0], y)
+            if objective != "supervised":  # it has seen the labels of more than ten
+                shots = (evaluation.fewshot(train, labels, x, len(names), 10, n) for n in range(3))
+                found["10-shot"] = mean(top1(scores, y) for scores in shots)
         found |= {key: finished(folder)[1][key] for key in ("images/s", "minutes")}
     publish(json.dumps(found), kept)
     return found
@@ -150,7 +164,8 @@ def in_order(rows: list[str]) -> list[list[str]]:
 def choose_rates(rows: list[str], samples: int, seed: int, jobs: int) -> dict[str, str]:
     """The learning rate of each row that is best on the held-out icons of training.
 
-    Begins with the middle three of RATES and goes on until both neighbours of the best are tried.
+    Begins with the middle three of RATES and goes on until both neighbours of the best are tried,
+    or RATES ends.
     """
 
     def missing(row: str) -> list[str]:
@@ -159,7 +174,7 @@ def choose_rates(rows: list[str], samples: int, seed: int, jobs: int) -> dict[st
 
     best, kept = {}, json.loads(SWEEP.read_text()) if SWEEP.exists() else {}
     for group in in_order(rows):
-        scores = {row: kept.setdefault(f"{row}-{samples}-{seed}", {}) for row in group}
+        scores = {row: kept.setdefault(f"{PLACE.name}-{row}-{samples}-{seed}", {}) for row in group}
         while pairs := [(row, rate) for row in group for rate in missing(row)]:
             sweep = dict(run_of(row, best | {row: rate}, samples, seed) for row, rate in pairs)
             train_all(sweep, jobs)

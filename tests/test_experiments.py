@@ -40,7 +40,7 @@ def test_a_sweep_goes_on_until_the_best_has_two_worse_neighbours(trained, capsys
     assert "clip 2.5e-4: 1.000 5e-4: 0.900" in capsys.readouterr().out
     # The scores are kept, also of a sweep that is to go on; another seed is another sweep.
     kept = json.loads(compare.SWEEP.read_text())
-    kept["superclass-512-5"] = {"1e-3": 0.5, "2e-3": 0.6, "4e-3": 0.7}
+    kept["plain-superclass-512-5"] = {"1e-3": 0.5, "2e-3": 0.6, "4e-3": 0.7}
     compare.SWEEP.write_text(json.dumps(kept))
     trained.clear()
     assert compare.choose_rates(["superclass", "clip", "lit"], 512, 5, jobs=1) == best
