@@ -87,9 +87,9 @@ def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
 def zeroshot(run: Run, features: Tensor, names: list[list[str]]) -> Tensor:
     """Scores [N, C] of classes for pooled features [N, D], from the pretraining head alone.
 
-    A name scores the IDF-weighted mean of log softmax(x) over its tokens (a caption with that text
-    would have the loss -score); a class scores the mean over its names. This is ours: the paper
-    trains a text tower for zero-shot. UserError if no token of a class occurred in training.
+    A name scores the IDF-weighted mean of log softmax(x) over its tokens, also after --no-idf (with
+    IDF, a caption with that text would have the loss -score); a class, the mean over its names.
+    This is ours: the paper trains a text tower. UserError if no token of a class was in training.
     """
     sizes = list(map(len, names))
     bags = token_bags(run.idf, [caption_labels(name, run.tokenizer) for name in chain(*names)])
