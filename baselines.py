@@ -3,7 +3,7 @@
 `LOSSES` are the four other multi-label losses of Table 6. `CLIP` is the contrastive baseline of
 Tables 3 and 9 (Radford et al., 2021); with a locked encoder it is the locked-image tuning with
 which the paper measures zero-shot (LiT, Zhai et al., 2022), and with a head over the vocabulary
-SuperCLIP, by the paper's authors (Zhao et al., NeurIPS 2025, arXiv 2512.14480). `ConvNet` are the
+SuperCLIP, by the same group (Zhao et al., NeurIPS 2025, arXiv 2512.14480). `ConvNet` are the
 encoders of Table 10. `supervised_loss` trains on a source's own classes: a ceiling, and fine-tuning
 (Table 12).
 

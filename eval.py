@@ -176,7 +176,7 @@ def probe(
     """Linear probe (section 4, after MAE): batch norm without affine, then one linear layer.
 
     The penalty is the best of five on a held-out tenth of the training set; then all of the set is
-    fitted. The problem is convex, so L-BFGS replaces the paper's SGD: no learning rate to tune.
+    fitted. The problem is convex, so L-BFGS replaces the paper's LARS: no learning rate to tune.
 
     Returns: scores [N, C] of the validation features, and the penalty. UserError below ten images.
     """
