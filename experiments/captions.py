@@ -25,6 +25,8 @@ from eval import cider
 
 OBJECTIVES = ("superclass", "clip", "supervised", "untrained")
 TASKS = {"captions": "shapes", "answers": "shapes-questions"}
+QUESTIONS = {"what shape is this?": "shape", "what colour is it?": "colour"}
+QUESTIONS |= {"on which side is it?": "side"}
 SHARED = ["--workers", "1", "--precision", "fp32", "--no-first-eval"]
 SAMPLES = 102_400  # images that an encoder of compare.py has seen
 SCENES, CAPTIONS = 500, 5
@@ -92,32 +94,43 @@ def main():
     train_all(encoders)
     train_all(readers)
 
+    columns = ["CIDEr"] if args.data == "icons" else ["CIDEr", *QUESTIONS.values()]
     rows = []
     for name in OBJECTIVES:
         for prefix in ("patches", "pooled"):
-            line = [name, prefix, str(len(args.seeds))]
-            for task, key in zip(tasks, ("cider", "exact"), strict=False):
-                runs = [place / f"{name}-{prefix}-{task}-{seed}" for seed in args.seeds]
-                line.append(cell([finished(run)[1][key] for run in runs]))
-            rows.append([*line, ""][:5])
+            runs = [[place / f"{name}-{prefix}-{t}-{seed}" for seed in args.seeds] for t in tasks]
+            line = [cell([finished(run)[1]["cider"] for run in runs[0]])]
+            if args.data == "shapes":
+                found = [right_answers(run) for run in runs[1]]
+                line += [cell([shares[question] for shares, _ in found]) for question in QUESTIONS]
+            rows.append([name, prefix, str(len(args.seeds)), *line])
     if args.data == "shapes":
         others = read_jsonl(place / "references" / "others.jsonl")
         references = [row["references"] for row in others]
         for name, key in (("another caption", "other"), ("the right words, one template", "right")):
             value = cider([row[key] for row in others], references)
-            rows.append([name, "", "", f"{value:.3f}", ""])
-        texts = read_jsonl(place / f"superclass-patches-answers-{args.seeds[0]}/captions.jsonl")
-        answers = {}
-        for text in texts:
-            answers.setdefault(text["question"], Counter())[text["references"][0]] += 1
-        most = sum(max(counts.values()) for counts in answers.values()) / len(texts)
-        rows.append(["the most frequent answer", "", "", "", f"{most:.3f}"])
+            rows.append([name, "", "", f"{value:.3f}", "", "", ""])
+        _, constant = right_answers(place / f"superclass-patches-answers-{args.seeds[0]}")
+        line = [f"{constant[question]:.3f}" for question in QUESTIONS]
+        rows.append(["the most frequent answer", "", "", "", *line])
     else:
-        texts = read_jsonl(place / f"superclass-patches-icons-{args.seeds[0]}/captions.jsonl")
+        texts = read_jsonl(place / f"superclass-patches-icons-{args.seeds[0]}" / "captions.jsonl")
         references = [text["references"] for text in texts]
         value = cider([texts[0] for texts in references], references)
-        rows.append(["the designer's caption", "", "", f"{value:.3f}", ""])
-    print_table(["encoder", "prefix", "seeds", "CIDEr", "exact answers"], rows)
+        rows.append(["the designer's caption", "", "", f"{value:.3f}"])
+    print_table(["encoder", "prefix", "seeds", *columns], rows)
+
+
+def right_answers(run: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The share of right answers to each question; and that of its most frequent answer."""
+    found = {question: [] for question in QUESTIONS}
+    for row in read_jsonl(run / "captions.jsonl"):
+        found[row["question"]].append((row["generated"], row["references"][0]))
+    shares, constant = {}, {}
+    for question, pairs in found.items():
+        shares[question] = sum(answer == right for answer, right in pairs) / len(pairs)
+        constant[question] = max(Counter(right for _, right in pairs).values()) / len(pairs)
+    return shares, constant
 
 
 if __name__ == "__main__":
