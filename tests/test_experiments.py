@@ -5,10 +5,13 @@ import sys
 
 import pytest
 
+import train
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
-compare = pytest.importorskip("compare")
+import compare
+import figures
+
 PEAK = {"superclass": 6, "clip": 0, "lit": 3}  # the place in RATES of each row's best
 
 
@@ -63,3 +66,16 @@ def test_the_table_has_all_seeds_and_superclass_in_the_time_of_clip(trained, cap
         encoder = flags[flags.index("--init") + 1].split("/")[-1]
         assert encoder == f"superclass-25600-{seed}-1.6e-2"
         assert names.index(encoder) < names.index(lit.name)
+
+
+@pytest.mark.parametrize(
+    "batch, model, lr, warmup", [(64, "XS/8", 1e-3, 40), (256, "Ti/8", 1.3e-3, 10)]
+)
+def test_rates_follow_the_batch_and_the_width(batch, model, lr, warmup):
+    rates = {"clip": "2e-3"}
+    folder, flags = figures.run_of("clip", rates, 25600, 3, batch, model)
+    config = vars(train.make_parser().parse_args(flags))
+    assert (config["lr"], config["warmup"]) == (lr, warmup)  # of a rate for 256 images, width 128
+    assert (config["batch_size"], config["model"], config["seed"]) == (batch, model, 3)
+    own = compare.run_of("clip", rates, 25600, 3)[0]  # nothing differs: one run, not two
+    assert figures.run_of("clip", rates, 25600, 3)[0] == own != folder
