@@ -1,7 +1,7 @@
 """Captions and answers from encoders of different objectives, by a small language model.
 
     python experiments/captions.py shapes --seeds 1 2
-    python experiments/captions.py icons --seeds 1 2       with the encoders of compare.py
+    python experiments/captions.py icons --seeds 1 2 --samples 76800
 
 A language model learns on each encoder, locked, from the same images: SuperClass, CLIP, supervised,
 and one without training. These are other images than the encoder's of the same seed. Captions of
@@ -31,7 +31,7 @@ QUESTIONS |= {"on which side is it?": "side"}
 # CLIP's on shapes; 4e-4, this, 1.5e-3, 3e-3 give 0.954, 0.968, 0.943, 0.735 by probe (seed 1).
 RATE = "7.5e-4"
 SHARED = ["--workers", "1", "--precision", "fp32", "--no-first-eval"]
-SAMPLES = 102_400  # images that an encoder of compare.py has seen
+SAMPLES, SWEPT = 307_200, 102_400  # images that an encoder of icons sees; those of the sweep's runs
 SCENES, CAPTIONS = 500, 5
 
 
@@ -81,7 +81,7 @@ def main():
 
     encoders, readers, rates = {}, {}, {}
     if args.data == "icons":
-        rates = choose_rates(list(OBJECTIVES[:3]), SAMPLES, int(args.seeds[0]), jobs=2)
+        rates = choose_rates(list(OBJECTIVES[:3]), SWEPT, int(args.seeds[0]), jobs=2)
     for seed in args.seeds:
         folders, own = encoders_of(args.data, seed, rates)
         encoders |= own
