@@ -4,8 +4,8 @@
     python experiments/captions.py icons --seeds 1 2 --samples 76800
 
 A language model learns on each encoder, locked, from the same images: SuperClass, CLIP, supervised,
-and one without training. These are other images than the encoder's of the same seed. Captions of
-shapes are scored against five of the same scene, those of icons of unseen sets against the
+and one without training. They come in another order than the encoder's of the same seed. Captions
+of shapes are scored against five of the same scene, those of icons of unseen sets against the
 designer's. On shapes CLIP has the best of four learning rates and the others train.py's own; on
 icons each has the best of its sweep. The rows below the encoders say what the scores are worth:
 what another caption of the scene reaches, the right words in one template, the most frequent answer
