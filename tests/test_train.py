@@ -18,6 +18,7 @@ import train
 from baselines import LOSSES
 from caption import load_gpt2
 from run import init_encoder, load_run, read_jsonl
+from sources import load_source
 from superclass import SuperClass, build_encoder
 from tests.conftest import COLOURS, TINY, caption, encoded, load, make_pairs, picture, train_flags
 from tests.die import at_call, launch, start
@@ -182,7 +183,7 @@ OBJECTIVES += [["--tokenizer", "words:6", "--drop-stopwords"]]
 
 
 @pytest.mark.parametrize("flags", OBJECTIVES, ids="-".join)
-def test_objectives_learn_and_are_evaluated(classes, tmp_path, flags, device):
+def test_objectives_learn_and_are_evaluated(classes, tmp_path, flags, device, monkeypatch):
     run = tmp_path / "run"
     more = ["--val-data", str(classes), "--samples", "160", "--workers", "0", "--no-first-eval"]
     train.main(train_flags(classes, run, *more, "--lr", "3e-3", *flags))
@@ -193,9 +194,15 @@ def test_objectives_learn_and_are_evaluated(classes, tmp_path, flags, device):
     assert [(row["step"], row["task"]) for row in rows] == [(20, t) for t in [*tasks, "probe"]]
     assert rows[-1]["top1"] > 0.9 and all(row["top1"] > 0.6 for row in rows)
     if flags[1] == "superclip":  # prompts are for its towers, not for its head
-        found, x = load_run(run, torch.device("cpu")), torch.randn(4, 128)
-        ask = functools.partial(evaluation.classify, found, "head", 0, [["red"], ["blue"]], x)
-        assert torch.equal(ask({"prompts": ["{} green"]}), ask({}))
+        found, val, asked = load_run(run, device), load_source(str(classes), "val"), []
+
+        def score(run, features, texts):
+            asked.append(texts)
+            return torch.zeros(len(features), len(texts))
+
+        monkeypatch.setattr(evaluation, "zeroshot", score)
+        evaluation.measure(["zeroshot"], found, None, val, workers=0, prompts=["{} green"])
+        assert asked == list(val.attributes.values())
 
 
 def test_scores_of_other_data_do_not_stand_for_a_missing_evaluation(classes, tmp_path, device):
