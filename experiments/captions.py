@@ -31,7 +31,7 @@ QUESTIONS |= {"on which side is it?": "side"}
 # CLIP's on shapes; 4e-4, this, 1.5e-3, 3e-3 give 0.954, 0.968, 0.943, 0.735 by probe (seed 1).
 RATE = "7.5e-4"
 SHARED = ["--workers", "1", "--precision", "fp32", "--no-first-eval"]
-SAMPLES, SWEPT = 307_200, 102_400  # images that an encoder of icons sees; those of the sweep's runs
+SAMPLES = 307_200  # images that an encoder of icons sees
 SCENES, CAPTIONS = 500, 5
 
 
@@ -81,7 +81,7 @@ def main():
 
     encoders, readers, rates = {}, {}, {}
     if args.data == "icons":
-        rates = choose_rates(list(OBJECTIVES[:3]), SWEPT, int(args.seeds[0]), jobs=2)
+        rates = choose_rates(list(OBJECTIVES[:3]), jobs=2)
     for seed in args.seeds:
         folders, own = encoders_of(args.data, seed, rates)
         encoders |= own

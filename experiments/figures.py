@@ -60,7 +60,7 @@ def main():
     parser = argparse.ArgumentParser(description="Draw scores over batch sizes or lengths.")
     parser.add_argument("figure", choices=("batch", "scale"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--samples", type=int, default=102_400, help="of a run of the sweep")
+    parser.add_argument("--samples", type=int, default=102_400, help="batch: of each run")
     rows = [row for row in ROWS if row not in ("words", "supervised", "lit")]  # they lack a score
     parser.add_argument("--rows", nargs="+", choices=rows, default=["superclass", "clip"])
     parser.add_argument("--models", nargs="+", default=MODELS, help="scale: the encoders")
@@ -80,7 +80,7 @@ def main():
             for length in LENGTHS
         ]
     lines, table = {}, []
-    rates = choose_rates(args.rows, args.samples, args.seeds[0], args.jobs)
+    rates = choose_rates(args.rows, args.jobs)
     runs = [
         [run_of(row, rates, seed=seed, **own) for seed in args.seeds] for _, row, _, own in kinds
     ]

@@ -37,18 +37,18 @@ def trained(monkeypatch, tmp_path):
 
 
 def test_a_sweep_goes_on_until_the_best_has_two_worse_neighbours(trained, capsys):
-    best = compare.choose_rates(["superclass", "clip", "lit"], 512, 5, jobs=1)
+    best = compare.choose_rates(["superclass", "clip", "lit"], jobs=1)
     assert best == {"superclass": "1.6e-2", "clip": "2.5e-4", "lit": "2e-3"}
     assert len(trained) == len(set(trained)) == 5 + 5 + 3  # up, down, at once
     assert "clip 2.5e-4: 1.000 5e-4: 0.900" in capsys.readouterr().out
-    # The scores are kept, also of a sweep that is to go on; another seed is another sweep.
+    # The scores are kept, also of a sweep that is to go on.
     kept = json.loads(compare.SWEEP.read_text())
-    kept["plain-superclass-512-5"] = {"1e-3": 0.5, "2e-3": 0.6, "4e-3": 0.7}
+    kept["plain-superclass-102400-1"] = {"1e-3": 0.5, "2e-3": 0.6, "4e-3": 0.7}
     compare.SWEEP.write_text(json.dumps(kept))
     trained.clear()
-    assert compare.choose_rates(["superclass", "clip", "lit"], 512, 5, jobs=1) == best
+    assert compare.choose_rates(["superclass", "clip", "lit"], jobs=1) == best
     names = [folder.name for folder in trained]
-    assert names == ["superclass-512-5-8e-3", "superclass-512-5-1.6e-2"]
+    assert names == ["superclass-102400-1-8e-3", "superclass-102400-1-1.6e-2"]
 
 
 def test_the_table_has_all_seeds_and_superclass_in_the_time_of_clip(trained, capsys, monkeypatch):
