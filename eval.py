@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import run as runs
 from baselines import CLIP
@@ -58,7 +59,7 @@ def good_batches(run: Run, source, size, limit=None, workers=2, captioned=False)
     if not good:
         raise UserError("there is no image to evaluate")
     if skipped:
-        print(f"skipped {describe(skipped)}, of {source}", file=sys.stderr)
+        tqdm.write(f"skipped {describe(skipped)}, of {source}", file=sys.stderr)
 
 
 @torch.inference_mode()

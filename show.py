@@ -192,7 +192,8 @@ def show_words(args: argparse.Namespace) -> list:
     samples, _ = gather(itertools.chain(*source.once(0, 1, 256, limit)), *views)
     if run.config.objective == "caption":
         return show_captions(args, run, samples)
-    asked, rows = [(text, word_weights(run, text)) for text in args.word or ()], []
+    asked = [(text, word_weights(run, text)) for text in args.word or ()]
+    rows = []
     for _, raw, picture, view in samples:
         images = data.normalize(view.image[None].to(run.idf.df.device))
         with torch.inference_mode():
@@ -316,7 +317,7 @@ def load(folder: Path, device: str, objectives: tuple[str, ...] = runs.HEADS) ->
 
 
 def run_source(run: Run, spec: str | None):
-    """The source that --data names, or else the one that the run is evaluated on."""
+    """The source that --data names, or the run's validation data, or what it trained on."""
     config = run.config
     return sources.load_source(spec or config.val_data or config.data, "val", config.data_root)
 
@@ -333,7 +334,7 @@ def gather(samples: Iterable[tuple], *prepares: Prepare) -> tuple[list[tuple], l
     examples = "; ".join({item.kind: str(item) for item in bad}.values())
     found = f"{data.describe(Counter(item.kind for item in bad))} ({examples})"
     if not good:
-        raise UserError(f"no image found: of {len(bad)} samples none can be used: {found}")
+        raise UserError(f"no image found in {len(bad)} samples" + (f": {found}" if bad else ""))
     if bad:
         print(f"skipped {found}", file=sys.stderr)
     return good, bad
@@ -359,20 +360,12 @@ def pixels(sample: sources.Sample) -> np.ndarray:
 def search(run: Run, source, texts: list[str]) -> tuple[Tensor, list]:
     """Scores [B, Q] of a source's images for texts, as in zero-shot, and the images' places."""
     bags = torch.stack([word_weights(run, text) for text in texts]).cpu().to_sparse()
-    skipped = Counter()
-    view, scores, places = Prepare(CenterCrop(run.config.image_size)), [], []
-    stream = data.batches(data.OnePass(source, view, evaluation.BATCH), 2, run.idf.df.device)
+    scores, places = [], []
+    stream = evaluation.good_batches(run, source, evaluation.BATCH)
     for batch in tqdm(stream, unit=f" x {evaluation.BATCH} images", leave=False):
-        skipped.update(bad.kind for bad in batch.bad)
-        if len(batch.images):
-            features = run.model.features(data.normalize(batch.images))
-            scores.append(evaluation.score_bags(run, features, bags))
-            places += batch.places
-    data.refuse_if_bad(len(places), skipped)
-    if not places:
-        raise UserError("no image found: the source is empty")
-    if skipped:
-        print(f"skipped {data.describe(skipped)}", file=sys.stderr)
+        features = run.model.features(data.normalize(batch.images))
+        scores.append(evaluation.score_bags(run, features, bags))
+        places += batch.places
     return torch.cat(scores), places
 
 
@@ -525,7 +518,7 @@ def make_parser() -> argparse.ArgumentParser:
     words, search, curves, data = adders
     for add in (words, search):
         add("run", type=Path, help="the run's folder")
-        add("--data", help="the source; default: what the run is evaluated on")
+        add("--data", help="the source; default: the run's validation data, or what it trained on")
         add("--device", default="auto", help="auto, cuda, mps or cpu")
     words("image", type=Path, nargs="*", help="image files, instead of a source")
     words("--number", type=count, default=4, help="samples of a source")
@@ -548,6 +541,8 @@ def main(argv: list[str] | None = None):
         images = {path.resolve() for path in getattr(args, "image", ())}
         if args.out.suffix.lower() != ".png" or args.out.resolve() in images:
             raise UserError(f"--out {args.out}: name a .png file that is none of the images")
+        if not args.out.parent.is_dir():
+            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
         args.function(args)
     except (UserError, OSError) as error:  # the latter if --out cannot be written
         print(f"error: {error}", file=sys.stderr)

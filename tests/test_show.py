@@ -1,6 +1,7 @@
 """The commands of show.py on a small run, and the two splits of a logit."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ def save_run(folder, **changes):
     config |= {"vocab_size": tokenizer.n_vocab, "data": str(folder / "pairs"), "val_data": None}
     config |= {"data_root": "data", "class_names": None, "batch_size": 8, "samples": 16, "seed": 0}
     config |= {"init": None, "lr": 1e-3, "lm": None, "lm_shape": None, "prefix": "patches"}
+    config |= {"grad_checkpointing": False}
     config |= tokenizer_config(tokenizer) | changes
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.tiktoken").write_bytes(save_tokenizer(tokenizer))
@@ -411,7 +413,7 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     assert "holds no run" in refused(capsys, "words", tmp_path)
     assert "nowhere.png No such file" in refused(capsys, "words", run, tmp_path / "nowhere.png")
     torn = refused(capsys, "words", run, tmp_path / "torn.png")
-    assert "of 1 samples none can be used: 1 x unreadable image" in torn and "torn.png" in torn
+    assert "no image found in 1 samples: 1 x unreadable image" in torn and "torn.png" in torn
     unknown = refused(capsys, "words", run, tmp_path / "good.png", "--word", "ZX")
     assert "'ZX' has no token" in unknown
     assert "'a' has no token" in refused(capsys, "words", run, "--word", "a")  # it is in all
@@ -425,6 +427,8 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     with pytest.raises(SystemExit):
         show.main(["data", "shapes", "--min-scale", "2"])
     assert "must be from 0 to 1, not 2" in capsys.readouterr().err
+    tarfile.open(tmp_path / "none.tar", "w").close()
+    assert refused(capsys, "data", tmp_path / "none.tar").endswith("no image found in 0 samples")
     out = tmp_path / "no" / "folder.png"
     assert "no/folder.png" in refused(capsys, "words", run, "--number", "1", "--out", out)
     assert "no/folder.png" in refused(capsys, "curves", run, "--out", out)
