@@ -69,6 +69,9 @@ def load_run(folder: Path, device: torch.device) -> Run:
 def build_model(config: argparse.Namespace) -> SuperClass | CLIP | Captioner:
     """The untrained model of a run's objective."""
     encoder = build_encoder(config.model, config.image_size)
+    if config.grad_checkpointing and not isinstance(encoder, ViT):
+        raise UserError(f"--grad-checkpointing is for the ViT, not for {config.model}")
+    encoder.grad_checkpointing = config.grad_checkpointing
     if config.objective == "caption":
         width, depth, heads = TEXT_SIZES.get(config.model.split("/")[0], TEXT_SIZES["B"])
         small = config.vocab_size + 1, width, depth // 2, heads, 2048  # the last id is the end mark
@@ -297,4 +300,4 @@ def add_data_flags(add: Callable):
     add("--min-scale", type=number(float, 0, 1), default=0.9, help="smallest area of a random crop")
     add("--flip", action="store_true", help="mirror half of the images")
     add("--color-jitter", type=number(float, 0, 1), default=0.0, help="strength; the paper: 0.32")
-    add("--seed", type=number(int, 0), default=0)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0)

@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-data", help="source to evaluate on; built-in sources have their own split")
     run.add_data_flags(add)
     add("--objective", default="superclass", choices=objectives, help="what is learned")
-    add("--loss", default="softmax", choices=("softmax", *LOSSES), help="of superclass")
+    add("--loss", default="softmax", choices=("softmax", *LOSSES), help="SuperClass's loss")
     add("--no-idf", action="store_true", help="softmax: weight all tokens of a caption equally")
     add(
         "--model",
@@ -70,14 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=count, default=128, help="global: over processes and micro-batches")
     add("--micro-batch", type=count, help="images in one forward pass; default: a process's share")
     add("--lr", type=number(float, 0), default=1.5e-3, help="peak learning rate")
-    add("--beta2", type=number(float, 0, 1), default=0.98, help="AdamW's second decay")
+    add("--beta2", type=number(float, 0, 0.9999), default=0.98, help="AdamW's second decay")
     add("--weight-decay", type=number(float, 0), default=0.2, help="of matrices only")
     add("--warmup", type=number(int, 0), default=40, help="steps")
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="autocast")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
     add("--workers", type=number(int, 0), default=2, help="loaders of each training process")
-    add("--lanes", type=count, help="shards: processes x workers must divide it; default: theirs")
+    add("--lanes", type=count, help="shards: processes x workers must divide it; default: that")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", type=Path, help="the run's folder; default: runs/DATA")
     add("--resume", action="store_true", help="continue the run in --out")
@@ -102,7 +102,6 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     if world > 1 and device.type == "cuda":  # torch has this for GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
-    model.encoder.grad_checkpointing = config.grad_checkpointing
     optimizer = make_optimizer(model, config, say)
     dtype = getattr(torch, config.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -229,10 +228,11 @@ def other_loss(config: argparse.Namespace, outputs, part: Batch, weights: Tensor
 
 
 def make_optimizer(model: nn.Module, config: argparse.Namespace, say) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but not biases, norms and positions."""
+    """AdamW that decays matrices, but not biases, norms, positions and ConvNeXt's layer scales."""
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in learned if p.ndim >= 2 and not name.endswith("pos_embed")]
-    others = [p for name, p in learned if p.ndim < 2 or name.endswith("pos_embed")]
+    plain = ("pos_embed", "layer_scale")  # no matrices, although they have more than one axis
+    matrices = [p for name, p in learned if p.ndim >= 2 and not name.endswith(plain)]
+    others = [p for name, p in learned if p.ndim < 2 or name.endswith(plain)]
     groups = []
     for params, decay in ((matrices, config.weight_decay), (others, 0.0)):
         n = sum(p.numel() for p in params)
@@ -365,7 +365,8 @@ def evaluate(trained: run.Run, train_source, val_source, rank: int):
     tasks = ["caption"] if trained.config.objective == "caption" else ["zeroshot"]
     if tasks == ["zeroshot"] and train_source.attributes == val_source.attributes:
         tasks += ["probe", "fewshot"]
-    options = {"limit": PROBE_IMAGES, "workers": trained.config.workers}
+    limit = PROBE_IMAGES if len(tasks) > 1 else None
+    options = {"limit": limit, "workers": trained.config.workers}
     try:
         rows = measure(tasks, trained, train_source, val_source, **options)
         print(f"after {trained.step:,} steps\n{report(rows, trained)}")
@@ -440,6 +441,8 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
     objective = f"--objective {config.objective}"
     if config.loss != "softmax" and config.objective != "superclass":
         raise UserError(f"--loss {config.loss} is for SuperClass, not for {objective}")
+    if config.drop_stopwords and config.objective != "superclass":
+        raise UserError(f"--drop-stopwords is for SuperClass's labels, not for {objective}")
     if config.no_idf and (config.loss != "softmax" or config.objective not in run.HEADS):
         raise UserError("--no-idf is for SuperClass's softmax: nothing else has IDF weights")
     if config.objective in ("lit", "caption") and not config.init:
@@ -478,8 +481,6 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
             model(torch.zeros(1, 3, config.image_size, config.image_size), longest, longest)
     except ValueError as error:
         raise UserError(f"--model {config.model}, {config.image_size} px: {error}") from None
-    if config.grad_checkpointing and not hasattr(model.encoder, "grad_checkpointing"):
-        raise UserError(f"--grad-checkpointing is for the ViT, not for {config.model}")
     load_pretrained(model, config, say=lambda *_: None)
 
     try:
@@ -531,6 +532,8 @@ def main(argv: list[str] | None = None):
     except UserError as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # on a line below the progress bar
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step; in the loop it waits for the step's end
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

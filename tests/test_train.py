@@ -109,6 +109,10 @@ def test_matrices_decay_and_others_do_not():
     others = {id(p) for p in groups[1]["params"]}
     assert id(model.encoder.pos_embed) in others and id(model.head.bias) in others
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    model = SuperClass(runs.build_encoder("convnext_tiny", 32), 50)
+    decayed = {id(p) for p in train.make_optimizer(model, config, print).param_groups[0]["params"]}
+    scales = [p for name, p in model.named_parameters() if name.endswith("layer_scale")]
+    assert len(scales) == 18 and not decayed & set(map(id, scales))
 
 
 @pytest.mark.parametrize(
@@ -402,6 +406,7 @@ def test_flags_that_contradict_the_objective_are_refused(capsys, classes, pairs,
         (["--objective", "caption"], "name a run with --init"),
         (["--objective", "clip", "--loss", "bce"], "--loss bce is for"),
         (["--objective", "clip", "--no-idf"], "nothing else has IDF weights"),
+        (["--objective", "clip", "--drop-stopwords"], "--drop-stopwords is for SuperClass's"),
         (["--loss", "bce", "--no-idf"], "nothing else has IDF weights"),
         (["--objective", "clip", "--micro-batch", "4"], "cannot be split into micro-batches"),
         (["--objective", "superclip", "--micro-batch", "4"], "cannot be split into micro-batches"),
@@ -464,7 +469,7 @@ def test_every_objective_resumes_exactly(classes, first, tmp_path, flags):
 
 @pytest.mark.parametrize("model", ["resnet50", "convnext_tiny"])
 def test_every_encoder_resumes_exactly(classes, tmp_path, model, device):
-    """Batch norm counts, and ConvNeXt leaves out blocks at random.
+    """Batch norm counts images; and the order of samples stays.
 
     A worker reads the data: in this process, the seed of each sample would hide another's absence.
     """
@@ -625,6 +630,7 @@ def test_unknown_names_are_refused(capsys, pairs, tmp_path):
         ("--workers", "-1", "must be 0 or more, not -1"),
         ("--lr", "much", "invalid numeric value: 'much'"),
         ("--lr", "nan", "must be 0 or more, not nan"),
+        ("--beta2", "1", "must be from 0 to 0.9999, not 1"),
     ):
         assert f"argument {flag}: {message}" in refused(capsys, *flags, flag, value)
     assert not (tmp_path / "run").exists()
