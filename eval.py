@@ -124,13 +124,17 @@ LOG_PROBABILITY |= dict.fromkeys(["bce", "asl", "soft_margin"], F.logsigmoid)
 
 @torch.inference_mode()
 def score_bags(run: Run, features: Tensor, bags: Tensor) -> Tensor:
-    """Scores [N, M]: the mean log-probability of each of M `token_bags` for features [N, D]."""
+    """Scores [N, M]: the mean log-probability of each of M `token_bags` for features [N, D].
+
+    A bag without tokens has -inf, so that it is never the best.
+    """
     scores = []
     for x in features.to(run.idf.df.device).split(BATCH):
         logits = run.model.head(run.model.norm(x)).float()  # [n, V]
         log_p = LOG_PROBABILITY[run.config.loss](logits)
         scores.append(torch.sparse.mm(bags, log_p.T.cpu()).T)
-    return torch.cat(scores)
+    empty = bags.sum(dim=1).to_dense() == 0
+    return torch.cat(scores).masked_fill(empty, -torch.inf)
 
 
 def zeroshot_by_text(run: Run, features: Tensor, texts: list[list[str]]) -> Tensor:
@@ -432,7 +436,8 @@ def report(rows: list[dict], run: Run) -> str:
     for row in rows:
         line = f"{task_name(row):<15} {row['attribute']:<10} {row['classes']:>7} {row['images']:>7}"
         deviation = row.get("deviation")
-        lines.append(f"{line} {row['top1']:>7.3f}" + (f" ± {deviation:.3f}" if deviation else ""))
+        spread = "" if deviation is None else f" ± {deviation:.3f}"
+        lines.append(f"{line} {row['top1']:>7.3f}{spread}")
     return "\n".join(lines)
 
 
@@ -471,8 +476,7 @@ def table(folders: list[Path]) -> str:
             elif column in COSTS:
                 cells.append(f"{statistics.median(values):.{1 if column == 'minutes' else 0}f}")
             else:
-                mean, deviation = mean_and_deviation(values)
-                cells.append(f"{mean:.3f}" + (f" ± {deviation:.3f}" if len(values) > 1 else ""))
+                cells.append(cell(values))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -500,6 +504,12 @@ def grouped(folders: list[Path]) -> dict[str, list[tuple[argparse.Namespace, dic
         if len({config.seed for config, _ in group}) < len(group):
             raise UserError(f"the runs '{name}' are not several: a seed occurs twice")
     return groups
+
+
+def cell(values: list[float]) -> str:
+    """Mean ± standard deviation, the latter of several values only."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
@@ -536,8 +546,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--class-names", help="file with one class a line, several names separated by commas")
     add("--prompt", action="append", dest="prompts", help="zeroshot: text with {} for a class name")
     add("--shots", type=number(int, 1), default=10, help="fewshot: training images of each class")
-    add("--limit", type=number(int, 1), help="training images at most; of retrieval, pairs")
-    add("--workers", type=number(int, 0), default=2, help="loader processes")
+    add("--limit", type=number(int, 1), help="training images at most; else, pairs")
+    add("--workers", type=number(int, 0), default=2, help="loaders; shards are dealt to them")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser
 

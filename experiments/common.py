@@ -1,19 +1,20 @@
 """What the experiments share: runs that are trained two at a time, and scores that are kept."""
 
-import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
+from eval import cell as cell  # noqa: E402
 from eval import finished  # noqa: E402
-from run import UserError, read_jsonl  # noqa: E402
+from run import UserError, append_jsonl, own_rows, read_jsonl  # noqa: E402
+from sources import BUILT_IN  # noqa: E402
+from train import parse  # noqa: E402
 
 
 def python(*command: str) -> str:
@@ -28,17 +29,32 @@ def python(*command: str) -> str:
 
 
 def train_all(runs: dict[Path, list[str]], jobs: int = 2):
-    """Train each folder's run with its flags, `jobs` at a time; goes on where it was stopped."""
+    """Train each folder's run with its flags, `jobs` at a time; goes on where it was stopped.
+
+    Exits if a folder holds a run with other flags.
+    """
 
     def train(folder: Path):
-        try:
-            finished(folder)
-        except UserError:
-            python("train.py", "--out", str(folder), "--resume", *runs[folder])
+        command = ["--out", str(folder), "--resume", *runs[folder]]
+        parse(command)  # raises UserError for other flags
+        if not is_done(folder):
+            python("train.py", *command)
             print(f"trained {folder}", flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(train, runs))
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(train, runs))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run is at its end, and scored if it has data to be scored on."""
+    try:
+        config, _ = finished(folder)
+    except UserError:
+        return False
+    return bool(own_rows(folder)) or not (config.val_data or config.data in BUILT_IN)
 
 
 def score(folder: Path, task: str, *flags: str) -> dict:
@@ -49,15 +65,8 @@ def score(folder: Path, task: str, *flags: str) -> dict:
     if not found:
         python("eval.py", task, str(folder), "--workers", "0", *flags)
         found = [{"asked": asked, **read_jsonl(folder / "eval.jsonl")[-1]}]
-        with open(path, "a") as file:
-            file.write(json.dumps(found[0]) + "\n")
+        append_jsonl(path, found)
     return found[0]
-
-
-def cell(values: list[float], digits: int = 3) -> str:
-    """Mean ± standard deviation."""
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
 
 
 def print_table(head: list[str], rows: list[list[str]]):

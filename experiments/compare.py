@@ -20,7 +20,7 @@ import functools
 import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 from common import cell, finished, print_table, train_all
@@ -74,46 +74,35 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
         return json.loads(kept.read_text())
     torch.set_num_threads(1)
     run = load_run(folder, torch.device("cpu"))
-    open_source = functools.partial(load_source, split="val", class_names=f"{ICONS}/classes.txt")
-    extract = functools.partial(evaluation.extract, run, workers=0)
-    classify = functools.partial(evaluation.classify, run)
+    objective = run.config.objective
 
-    def choose_prompts(task: str) -> tuple[float, list[str]]:
-        scores = [top1(classify(task, 0, names, x, {"prompts": p}), y) for p in PROMPTS]
-        return max(scores), PROMPTS[scores.index(max(scores))]
+    def score(task: str, split: str = "val", **options) -> float:
+        """As eval.py scores it; SuperCLIP's last row is its towers'."""
+        names = f"{ICONS}/{'rare' if split == 'rare' else 'classes'}.txt"
+        train, val = (
+            load_source(f"{ICONS}/{name}-*.tar", class_names=names) for name in ("labelled", split)
+        )
+        return evaluation.measure([task], run, train, val, workers=0, **options)[-1]["top1"]
 
-    objective, held = run.config.objective, open_source(f"{ICONS}/prompts-*.tar")
-    (names,) = held.attributes.values()
-    x, y, _ = extract(held)
-    if objective == "supervised":
-        found = {"held out": top1(classify("zeroshot", 0, names, x, {}), y), "prompts": None}
-    else:
-        found = dict(zip(("held out", "prompts"), choose_prompts("zeroshot"), strict=True))
+    def choose_prompts(task: str) -> tuple[float, list[str] | None]:
+        choices = [None] if objective == "supervised" else PROMPTS
+        scores = [score(task, "prompts", prompts=prompts) for prompts in choices]
+        return max(scores), choices[scores.index(max(scores))]
+
+    found = dict(zip(("held out", "prompts"), choose_prompts("zeroshot"), strict=True))
     if not held_out_only:
-        chosen = {"zero-shot": ("zeroshot", {"prompts": found["prompts"]})}
+        found["zero-shot"] = score("zeroshot", prompts=found["prompts"])
         if objective == "superclip":  # it has both towers and a head
-            chosen["head"] = ("head", {"prompts": choose_prompts("head")[1]})
-        val, labelled = (open_source(f"{ICONS}/{name}-*.tar") for name in ("val", "labelled"))
-        x, y, _ = extract(val)
-        for key, (task, options) in chosen.items():
-            found[key] = top1(classify(task, 0, names, x, options), y)
+            found["head"] = score("head", prompts=choose_prompts("head")[1])
         # Words outside the vocabulary have no score: many rare classes, some captions.
         if objective != "supervised" and not run.config.tokenizer.startswith("words"):
-            rare = load_source(f"{ICONS}/rare-*.tar", "val", class_names=f"{ICONS}/rare.txt")
-            x_rare, y_rare, _ = extract(rare)
-            (rare_names,) = rare.attributes.values()
-            options = {"prompts": found["prompts"]}
-            found["rare"] = top1(classify("zeroshot", 0, rare_names, x_rare, options), y_rare)
-            asked = {"limit": None, "workers": 0}
+            found["rare"] = score("zeroshot", "rare", prompts=found["prompts"])
+            val, asked = load_source(f"{ICONS}/val-*.tar"), {"limit": None, "workers": 0}
             found["retrieval"] = evaluation.measure_retrieval(run, val, asked)["i2t@1"]
         if objective != "lit":  # whose encoder is SuperClass's
-            train, labels, _ = extract(labelled, limit=20_000)
-            train, labels = train.clone(), labels[:, 0].clone()  # out of inference mode
-            rest = train[:PROBE], labels[:PROBE], x.clone(), len(names)
-            found["probe"] = top1(evaluation.probe(*rest)[0], y)
+            found["probe"] = score("probe", limit=PROBE)
             if objective != "supervised":  # it has seen the labels of more than ten
-                shots = (evaluation.fewshot(train, labels, x, len(names), 10, n) for n in range(3))
-                found["10-shot"] = mean(top1(scores, y) for scores in shots)
+                found["10-shot"] = score("fewshot", limit=2 * PROBE)
         found |= {key: finished(folder)[1][key] for key in ("images/s", "minutes")}
     publish(json.dumps(found), kept)
     return found
@@ -122,10 +111,6 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
 def measure_all(folders, jobs: int, **options) -> list[dict]:
     with ProcessPoolExecutor(jobs) as pool:
         return list(pool.map(functools.partial(measure, **options), folders))
-
-
-def top1(scores: torch.Tensor, targets: torch.Tensor) -> float:
-    return evaluation.top1(scores, targets.flatten())
 
 
 def main():
@@ -151,8 +136,8 @@ def main():
     found = run_all(rows, samples)
     show(found, rates, samples)
     if {"superclass", "clip"} <= set(rows):
-        minutes = {row: median(f["minutes"] for f in found[row]) for row in found}
-        longer = round(samples * minutes["clip"] / minutes["superclass"] / BATCH) * BATCH
+        speed = {row: median(f["images/s"] for f in found[row]) for row in found}
+        longer = round(samples * speed["superclass"] / speed["clip"] / BATCH) * BATCH
         found = run_all(["superclass"], longer)
         show({"superclass, equal time": found["superclass"]}, rates, longer)
 
@@ -178,6 +163,8 @@ def choose_rates(rows: list[str], jobs: int) -> dict[str, str]:
         keys = {row: "-".join(map(str, (PLACE.name, row, *SWEPT))) for row in group}
         scores = {row: kept.setdefault(key, {}) for row, key in keys.items()}
         while pairs := [(row, rate) for row in group for rate in missing(row)]:
+            if group == ["lit"]:  # sweep.json may have its encoder's rate, but not its run
+                train_all(dict([run_of("superclass", best, *SWEPT)]), jobs)
             sweep = dict(run_of(row, best | {row: rate}, *SWEPT) for row, rate in pairs)
             train_all(sweep, jobs)
             found = measure_all(sweep, jobs, held_out_only=True)

@@ -66,6 +66,9 @@ def main():
     parser.add_argument("--models", nargs="+", default=MODELS, help="scale: the encoders")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
+    for model in args.models:
+        if model.split("/")[0] not in SIZES:
+            parser.error(f"--models {model}: use SIZE/PATCH, SIZE one of {', '.join(SIZES)}")
     if args.figure == "batch":
         kinds = [
             (row, row, b, {"samples": args.samples, "batch": b})

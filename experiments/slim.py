@@ -1,6 +1,6 @@
 """A copy of a finished run with what evaluation and drawing need, in half precision.
 
-    python experiments/slim.py runs/icons pretrained/icons
+    python experiments/slim.py runs/icons runs/slim
 
 The copy cannot be resumed, because the optimizer's state is left out; a quarter remains.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import finished
 
-from run import publish, read_checkpoint, read_weights
+from run import UserError, publish, read_checkpoint, read_weights
 
 
 def main():
@@ -19,8 +19,13 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    config, _ = finished(args.run)
-    state = read_checkpoint(config)
+    if args.out.exists():
+        parser.error(f"{args.out} exists: name a new folder")
+    try:
+        config, _ = finished(args.run)
+        state = read_checkpoint(config)
+    except UserError as error:
+        parser.error(str(error))
     kept = {key: state[key] for key in ("idf", "progress", "fingerprint")}
     args.out.mkdir(parents=True)
     publish(kept | {"model": halved(state["model"])}, args.out / "checkpoint.pt")

@@ -13,7 +13,17 @@ import eval as evaluation
 import run as runs
 import train
 from baselines import CLIP, TextTower
-from eval import extract, fewshot, probe, retrieval, top1, zeroshot, zeroshot_by_text
+from eval import (
+    extract,
+    fewshot,
+    probe,
+    retrieval,
+    score_bags,
+    token_bags,
+    top1,
+    zeroshot,
+    zeroshot_by_text,
+)
 from run import Run, own_rows, read_jsonl
 from sources import load_source
 from superclass import IDF, SuperClass, ViT
@@ -58,6 +68,14 @@ def test_zeroshot_refuses_names_that_were_never_seen(small):
     run, features = small
     with pytest.raises(UserError, match="class name 'ZX' occurred"):
         zeroshot(run, features, [["red"], ["ZX"]])
+
+
+def test_a_text_without_a_known_token_is_never_the_best(small):
+    run, features = small
+    bags = token_bags(run.idf, [caption_labels(text, run.tokenizer) for text in ("red", "ZX")])
+    scores = score_bags(run, features, bags)
+    assert scores[:, 0].isfinite().all() and scores[:, 1].tolist() == [-math.inf] * 5
+    assert retrieval(scores, torch.tensor([0, 0, 0, 0, 1]), at=(1,))["i2t@1"] == 0.8
 
 
 def test_zeroshot_before_any_caption_is_defined(small):

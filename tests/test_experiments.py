@@ -9,6 +9,7 @@ import train
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import common
 import compare
 import figures
 
@@ -25,9 +26,9 @@ def trained(monkeypatch, tmp_path):
         for folder in folders:
             row, _, seed, rate = folder.name.split("-", 3)
             away = abs(compare.RATES.index(rate) - PEAK[row])
-            scores.append({"held out": 1 - away / 10, "minutes": 8 if row == "clip" else 4})
+            scores.append({"held out": 1 - away / 10, "minutes": 8})
             scores[-1] |= dict.fromkeys(compare.SCORES, int(seed) / 8)
-            scores[-1] |= {"images/s": 300, "prompts": ["a {}"]}
+            scores[-1] |= {"images/s": 150 if row == "clip" else 300, "prompts": ["a {}"]}
         return scores
 
     monkeypatch.setattr(compare, "SWEEP", tmp_path / "sweep.json")
@@ -39,7 +40,7 @@ def trained(monkeypatch, tmp_path):
 def test_a_sweep_goes_on_until_the_best_has_two_worse_neighbours(trained, capsys):
     best = compare.choose_rates(["superclass", "clip", "lit"], jobs=1)
     assert best == {"superclass": "1.6e-2", "clip": "2.5e-4", "lit": "2e-3"}
-    assert len(trained) == len(set(trained)) == 5 + 5 + 3  # up, down, at once
+    assert len(set(trained)) == 5 + 5 + 3  # up, down, at once
     assert "clip 2.5e-4: 1.000 5e-4: 0.900" in capsys.readouterr().out
     # The scores are kept, also of a sweep that is to go on.
     kept = json.loads(compare.SWEEP.read_text())
@@ -49,6 +50,41 @@ def test_a_sweep_goes_on_until_the_best_has_two_worse_neighbours(trained, capsys
     assert compare.choose_rates(["superclass", "clip", "lit"], jobs=1) == best
     names = [folder.name for folder in trained]
     assert names == ["superclass-102400-1-8e-3", "superclass-102400-1-1.6e-2"]
+
+
+def test_lits_sweep_trains_an_encoder_of_which_only_the_scores_are_kept(trained):
+    rates = {"4e-3": 0.5, "8e-3": 0.6, "1.6e-2": 0.4}
+    compare.SWEEP.write_text(json.dumps({"plain-superclass-102400-1": rates}))
+    compare.choose_rates(["superclass", "lit"], jobs=1)
+    assert [folder.name for folder in trained][:2] == [
+        "superclass-102400-1-8e-3",
+        "lit-102400-1-1e-3",
+    ]
+
+
+def test_runs_are_trained_unless_they_are_at_their_end_and_scored(tmp_path, monkeypatch):
+    run, flags, trained = tmp_path / "run", ["--samples", "8", "--batch-size", "4"], []
+
+    def train_once(*command):
+        trained.append(command)
+        run.mkdir(exist_ok=True)
+        config = vars(train.make_parser().parse_args(flags))
+        kept = {key: value for key, value in config.items() if key not in ("out", "resume")}
+        (run / "config.json").write_text(json.dumps(kept))
+        costs = {"step_s": 1, "images_per_s": 4, "peak_mb": 9}
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 2, **costs}))
+        rows = {"step": 2, "task": "zeroshot", "attribute": "colour", "top1": 0.5}
+        (run / "eval.jsonl").write_text(json.dumps(rows))
+
+    monkeypatch.setattr(common, "python", train_once)
+    for _ in range(2):
+        common.train_all({run: flags})
+        assert trained == [("train.py", "--out", str(run), "--resume", *flags)]
+    (run / "eval.jsonl").unlink()  # it was stopped while it evaluated
+    common.train_all({run: flags})
+    assert len(trained) == 2
+    with pytest.raises(SystemExit, match="was started with --seed 0, it cannot go on with 3"):
+        common.train_all({run: [*flags, "--seed", "3"]})
 
 
 def test_the_table_has_all_seeds_and_superclass_in_the_time_of_clip(trained, capsys, monkeypatch):
