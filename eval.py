@@ -66,17 +66,20 @@ def good_batches(run: Run, source, size, limit=None, workers=2, captioned=False)
 def extract(run: Run, source, limit: int | None = None, workers: int = 2, captioned: bool = False):
     """Features [N, D] (float32, on the CPU), targets [N, A] and N lists of token ids of a source.
 
-    Unless `captioned`, the lists are empty. Raises UserError as `good_batches` does.
+    They are in the source's order. Unless `captioned`, the lists are empty. Raises UserError as
+    `good_batches` does.
     """
-    features, targets, tokens = [], [], []
+    features, targets, tokens, places = [], [], [], []
     for batch in good_batches(run, source, BATCH, limit, workers, captioned):
         features.append(run.model.features(normalize(batch.images)).float().cpu())
         targets.append(batch.targets)
         tokens += [row[row >= 0].tolist() for row in batch.tokens]
-    features = torch.cat(features)
+        places += batch.places
+    order = sorted(range(len(places)), key=places.__getitem__)  # workers give it to shards
+    features, targets = torch.cat(features)[order], torch.cat(targets)[order]
     if not features.isfinite().all():
         raise UserError("the features are not finite: the run's weights are damaged")
-    return features, torch.cat(targets), tokens
+    return features, targets, [tokens[i] for i in order]
 
 
 def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
@@ -547,7 +550,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", dest="prompts", help="zeroshot: text with {} for a class name")
     add("--shots", type=number(int, 1), default=10, help="fewshot: training images of each class")
     add("--limit", type=number(int, 1), help="training images at most; else, pairs")
-    add("--workers", type=number(int, 0), default=2, help="loaders; shards are dealt to them")
+    add("--workers", type=number(int, 0), default=2, help="loader processes")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser
 

@@ -7,6 +7,7 @@ that cannot be used becomes a `BadSample`, counted and reported.
 
 import contextlib
 import csv
+import glob
 import itertools
 import json
 import re
@@ -72,8 +73,8 @@ def read_part(part, what: str):
     """The image or caption of a Raw, its file's bytes for a Path; raises BadSample if missing."""
     try:
         part = part.read_bytes() if isinstance(part, Path) else part
-    except OSError as error:
-        raise BadSample(f"missing {what}", error.strerror) from None
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+        raise BadSample(f"missing {what}", getattr(error, "strerror", error)) from None
     if part is None:
         raise BadSample(f"missing {what}")
     return part
@@ -84,7 +85,7 @@ def read_caption(caption: str | bytes | Path | None) -> str:
     caption = read_part(caption, "caption")
     try:
         if isinstance(caption, bytes):
-            caption = caption.decode("utf-8")
+            caption = caption.decode("utf-8-sig")  # some editors begin a file with a mark
         caption.encode("utf-8")  # a table's text has surrogates in place of bad bytes
     except UnicodeError:
         raise BadSample("unusable caption", "not UTF-8") from None
@@ -112,18 +113,20 @@ class Source:
         stream: the samples, good and bad, at the positions reader, reader + readers, ... of an
             endless stream, whose order depends only on the seed. Yields (Sample or BadSample,
             None), or for shards (..., (lane, (pass, group, offset) from where the lane goes on)).
-        once: one reader's blocks of a single pass, as lists of (place, Raw or BadSample).
+        once: one reader's blocks of a single pass, as lists of (place, Raw or BadSample). What all
+            readers have together does not depend on their number.
         raw: the sample at a place.
     """
 
     attributes: dict[str, list[list[str]]] = {}
 
     def captions(self, limit: int) -> Iterator[str]:
-        """The captions of the first `limit` samples without the bad ones, to learn a tokenizer."""
+        """The questions and captions of the first `limit` samples, to learn a tokenizer."""
         samples = itertools.chain.from_iterable(self.once(0, 1, 1, None))
         for _, raw in itertools.islice(samples, limit):
             with contextlib.suppress(BadSample):
-                yield read_caption(getattr(raw, "caption", None))
+                caption = read_caption(getattr(raw, "caption", None))  # a BadSample has none
+                yield f"{raw.question} {caption}" if raw.question else caption
 
 
 class Pairs(Source):
@@ -236,8 +239,8 @@ class Files(Pairs):
         names = names or [[label] for label in sorted(labels)]  # by default each label is a class
         self.rows, self.numbers = rows, number_classes(names)
         self.attributes = {"class": names} if labels else {}
-        for label in labels - self.numbers.keys():
-            raise UserError(f"label '{label}' is not one of the {len(names)} of --class-names")
+        if unknown := sorted(labels - self.numbers.keys()):
+            raise UserError(f"label '{unknown[0]}' is not one of the {len(names)} of --class-names")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -250,7 +253,10 @@ class Files(Pairs):
 
 
 def open_folder(root: Path, names: list[list[str]] | None) -> Files:
-    """All images below a folder; the class of an image is the name of its subfolder, if any."""
+    """All images below a folder; a subfolder's name is the class of its images.
+
+    With `names`, folders of other names have no class: they may just sort the files.
+    """
     files = sorted(path for path in root.rglob("*") if path.is_file())
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
     images = [path for path in files if path.suffix.lower() in IMAGE_TYPES]
@@ -258,9 +264,10 @@ def open_folder(root: Path, names: list[list[str]] | None) -> Files:
         kinds = Counter(path.suffix or "no extension" for path in files)
         found = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)) or "no file at all"
         raise UserError(f"{root} holds no image ({', '.join(IMAGE_TYPES)}); found: {found}")
-    rows = []
+    rows, known = [], number_classes(names) if names else None
     for path in images:
         label = path.parent.name.replace("_", " ") if path.parent != root else None
+        label = label if known is None or label in known else None
         rows.append((path, texts.get(path.with_suffix("")), label, None))
     alone = sorted(texts.keys() - {path.with_suffix("") for path in images})
     return Files(rows + [(None, texts[stem], None, None) for stem in alone], names)
@@ -268,20 +275,21 @@ def open_folder(root: Path, names: list[list[str]] | None) -> Files:
 
 def open_table(path: Path, names: list[list[str]] | None) -> Files:
     """A CSV, TSV or JSON-lines file: filepath, caption (or title), optional label and question."""
-    rows, columns = [], []
+    rows, columns = [], {}
     # surrogateescape carries bad bytes to `read_caption`, which reports their row.
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-        records = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        records = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for record in map(parse_json, lines) if path.suffix == ".jsonl" else records:
-                columns = columns or list(record)
+                columns |= dict.fromkeys(record)  # a JSON object may leave out what others have
                 file, text = record.get("filepath"), record.get("caption", record.get("title"))
                 label, question = record.get("label"), record.get("question")
                 label = None if label in (None, "") else str(label).replace("_", " ")
                 rows.append((path.parent / file, text, label, question) if file else None)
         except csv.Error as error:
             raise UserError(f"{path} is not a table: row {len(rows) + 2}: {error}") from None
-    if "filepath" not in columns or not {"caption", "title", "label"} & set(columns):
+    if "filepath" not in columns or not {"caption", "title", "label"} & columns.keys():
         found = ", ".join(map(str, columns)) or "none"
         raise UserError(f"{path} needs the columns filepath and caption (or title); found: {found}")
     return Files(rows, names)
@@ -289,7 +297,7 @@ def open_table(path: Path, names: list[list[str]] | None) -> Files:
 
 def parse_json(line: str) -> dict:
     """One JSON object whose path, caption and question are text; an empty one if there is none."""
-    with contextlib.suppress(ValueError, AttributeError):
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
         record = json.loads(line)
         texts = [record.get(key) for key in ("filepath", "caption", "title", "question")]
         if all(isinstance(text, str | None) for text in texts):
@@ -340,7 +348,8 @@ class Shards(Source):
                     if parts and key != last:
                         yield self.sample(parts, f"{last} in {url}")
                         parts = {}
-                    last, parts[kind.lower()] = key, tar.extractfile(member).read()
+                    parts[kind.lower()] = tar.extractfile(member).read()
+                    last = key
         except tarfile.ReadError as error:
             parts = {}  # the current sample is cut off
             yield BadSample("damaged shard", f"{url}: {error}")
@@ -379,6 +388,7 @@ class Shards(Source):
         lanes share a shard: each of them reads it and keeps every n-th sample.
         """
         S, L = len(self.urls), start.lanes
+        # Lanes lane % S, lane % S + S, ... read the same shards; this is number `share` of them.
         share, sharers = lane // S, len(range(lane % S, L, S))
         first = start.places.get(lane, (0, 0, 0))
         last = first[0]  # the last pass with a sample
@@ -408,13 +418,15 @@ class Shards(Source):
                         yield prepare(raw, (number, s, j)), (number, group, offset + 1)
 
     def once(self, reader: int, readers: int, block: int, limit: int | None):
-        """Reader r has shards r, r + readers, ... and its share of the limit."""
+        """Reader r has shards r, r + readers, ...; a limit gives reader 0 the first samples."""
+        if limit:
+            reader, readers = reader * len(self.urls), 1
         pairs = (
             ((s, j), raw)
             for s in range(reader, len(self.urls), readers)
             for j, raw in enumerate(self.read(self.urls[s]))
         )
-        pairs = itertools.islice(pairs, limit and -(-limit // readers))
+        pairs = itertools.islice(pairs, limit)
         while items := list(itertools.islice(pairs, block)):
             yield items
 
@@ -441,14 +453,16 @@ def expand_shards(spec: str) -> list[str]:
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[2]):
             width = len(numbers[1])
             options = [f"{i:0{width}d}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
-        return [url for option in options for url in expand_shards(before + option + after)]
-    if Path(spec).is_file() or ("://" in spec and "*" not in spec):
-        return [spec]
-    try:
-        files, path = fsspec.url_to_fs(str(Path(spec) / "*.tar") if Path(spec).is_dir() else spec)
-        urls = [files.unstrip_protocol(name) for name in sorted(files.glob(path))]
-    except Exception as error:  # each file system of fsspec has its own
-        raise UserError(f"{spec} cannot be listed: {type(error).__name__} {error}") from None
+        urls = [url for option in options for url in expand_shards(before + option + after)]
+    elif Path(spec).is_file() or ("://" in spec and "*" not in spec):
+        urls = [spec]
+    else:
+        pattern = str(Path(glob.escape(spec)) / "*.tar") if Path(spec).is_dir() else spec
+        try:
+            files, path = fsspec.url_to_fs(pattern)
+            urls = [files.unstrip_protocol(name) for name in sorted(files.glob(path))]
+        except Exception as error:  # each file system of fsspec has its own
+            raise UserError(f"{spec} cannot be listed: {type(error).__name__} {error}") from None
     if not urls:
         raise UserError(f"there is no shard {spec}")
     return urls
@@ -457,7 +471,7 @@ def expand_shards(spec: str) -> list[str]:
 def read_class_names(path: str) -> list[list[str]]:
     """The file of --class-names: one class a line, its names separated by commas."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
         raise UserError(f"--class-names {path} cannot be read: {error}") from None
     names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]

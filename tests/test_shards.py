@@ -3,12 +3,14 @@
 Samples are told apart by their `.cls` member, a number that no other sample of the set has.
 """
 
+import functools
 import http.server
 import itertools
 import os
 import tarfile
 import threading
 import zlib
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 
 import data
+import eval as evaluation
 import sources
 import train
 from data import (
@@ -33,7 +36,9 @@ from data import (
     batches,
     load_tokenizer,
 )
+from run import Run
 from sources import KINDS, BadSample, Sample, Shards, Start, load_source
+from superclass import IDF, SuperClass, ViT
 from tests.conftest import caption, encoded, picture, sample_members, train_flags, write_tar
 
 CPU = torch.device("cpu")
@@ -80,6 +85,10 @@ def test_specs_name_their_shards(shards, monkeypatch):
         assert [Path(url).name for url in urls] == names
     with pytest.raises(UserError, match=r"there is no shard .*00006\.tar"):
         load_source(str(shards / "{00000..00006}.tar"))
+    with pytest.raises(UserError, match="there is no shard"):
+        load_source(str(shards / "{00005..00000}.tar"))
+    shards.rename(shards.with_name("b[1]"))
+    assert len(load_source(str(shards.with_name("b[1]"))).urls) == 6
     assert sources.expand_shards("s3://b/{08..11}.tar")[::3] == ["s3://b/08.tar", "s3://b/11.tar"]
 
 
@@ -286,6 +295,18 @@ def test_one_pass_over_shards(shards):
     for workers in (0, 2):
         dataset = OnePass(load_source(str(shards)), Prepare(CenterCrop(8)), 7)
         assert sum(len(b.images) for b in batches(dataset, workers, CPU)) == 60
+
+
+@pytest.mark.parametrize("limit", [None, 25])
+def test_features_of_shards_do_not_depend_on_the_readers(shards, limit):
+    tokenizer = load_tokenizer("bpe:300", ["a red dog"])
+    model = SuperClass(ViT(16, 8, 32, 1, 2), 300)
+    run = Run(None, Namespace(image_size=16), tokenizer, model, IDF(300), 0)
+    extract = functools.partial(evaluation.extract, run, load_source(str(shards)), limit)
+    (features, _, tokens), *others = (extract(workers, True) for workers in (0, 2, 3))
+    assert len(features) == len(tokens) == (limit or 60)
+    for other in others:
+        assert torch.equal(other[0], features) and other[2] == tokens
 
 
 def test_a_place_of_one_pass_leads_back_to_the_sample(shards):
