@@ -220,8 +220,9 @@ class TrainStream(IterableDataset):
                 good, bad, lanes, in_a_row = [], [], {}, 0
                 while len(good) < len(mine):
                     item, place = next(stream)
-                    in_a_row = 0 if isinstance(item, Sample) else in_a_row + 1
-                    (bad if in_a_row else good).append(item)
+                    is_good = isinstance(item, Sample)
+                    (good if is_good else bad).append(item)
+                    in_a_row = 0 if is_good else in_a_row + 1
                     lanes |= [place] if place else []
                     if in_a_row == 1000:
                         found = "; ".join({s.kind: str(s) for s in bad[-1000:]}.values())
@@ -276,7 +277,7 @@ def batches(
             yield join(some, device, reads)
     except (RuntimeError, ConnectionError, EOFError) as error:
         # A connection breaks if the process dies while it hands its images over.
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         died = f"a DataLoader worker died ({str(error).partition(chr(10))[0]})"
         raise UserError(f"{died}: if memory ran out, use fewer --workers") from None
@@ -330,7 +331,7 @@ def describe(skipped: Counter) -> str:
 
 
 def refuse_if_bad(good: int, skipped: Counter, enough: int = 0):
-    """Raise UserError if more than a tenth of the samples, `enough` at least, cannot be used."""
+    """Raise UserError if more than a tenth of the samples, of at least `enough`, cannot be used."""
     bad = skipped.total()
     if good + bad >= enough and bad > (good + bad) / 10:
         found = f"{bad} of {good + bad} samples cannot be used, more than a tenth"

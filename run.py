@@ -28,8 +28,7 @@ from baselines import CLIP, TEXT_SIZES, SuperCLIP, build_encoder, build_text_tow
 from caption import Captioner, LanguageModel
 from sources import BUILT_IN, load_source
 from superclass import IDF, SuperClass, ViT
-from tokenizer import UserError as UserError  # it lives in the lowest module that raises it
-from tokenizer import read_tokenizer
+from tokenizer import UserError, read_tokenizer
 
 HEADS = ("superclass", "superclip")  # the objectives with a head over the vocabulary
 # What may change when a run is resumed; all other flags belong to the run.
@@ -186,6 +185,8 @@ def append_jsonl(path: Path, rows: list[dict]):
             cut = file.read() not in (b"", b"\n")
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             file.write(("\n" * cut + lines).encode())
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint must not outlive the lines before it
     except OSError as error:  # a full disk
         raise UserError(f"{path} cannot be written ({error})") from None
 
@@ -242,7 +243,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(
             f"device '{name}' is unknown or not available here: use auto, cuda, mps or cpu"
         ) from None

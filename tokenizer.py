@@ -274,7 +274,10 @@ def load_tokenizer(spec: str, captions: Iterable[str] | None = None):
         config = {"tokenizer_kind": "bpe", "words": WORDS, "special_tokens": {}}
         beside = Path(spec).with_name("config.json")  # the rest of a run's tokenizer
         if beside.is_file():
-            config |= json.loads(beside.read_text())
+            try:
+                config |= json.loads(beside.read_text())
+            except (ValueError, TypeError) as error:  # not JSON, or not an object
+                raise UserError(f"{beside} is damaged: {error}") from None
         return read_tokenizer(spec, config)
     names = tiktoken.list_encoding_names()
     if spec not in ("clip", *names):
@@ -334,8 +337,8 @@ def read_tokenizer(path: str | Path, config: dict):
             return WordTokenizer(words, config["unknown_words"])
         if not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("single bytes are missing")
+        encoding = ClipTokenizer if kind == "clip" else tiktoken.Encoding
+        words, special = config["words"], config["special_tokens"]
+        return encoding(str(path), pat_str=words, mergeable_ranks=ranks, special_tokens=special)
     except Exception as error:  # the tokenizers package raises no narrower class
         raise UserError(f"tokenizer file {path} cannot be read or is damaged: {error}") from None
-    encoding = ClipTokenizer if kind == "clip" else tiktoken.Encoding
-    words, special = config["words"], config["special_tokens"]
-    return encoding(str(path), pat_str=words, mergeable_ranks=ranks, special_tokens=special)

@@ -189,6 +189,12 @@ def test_folder_pairs_images_with_texts_and_folders_with_classes(tmp_path):
         for item in map(Prepare(CenterCrop(16), load_tokenizer("bpe:256", [])), raws)
     ]
     assert sorted(kinds) == ["good"] * 5 + ["missing caption", "missing image"]
+    # With names of classes, other folders have none. A mark at the start of a file is no text.
+    (tmp_path / "names").write_bytes(b"\xef\xbb\xbfgreen\nblue")
+    (tmp_path / "green" / "1.txt").write_bytes(b"\xef\xbb\xbfa dog")
+    source = load_source(str(tmp_path), class_names=str(tmp_path / "names"))
+    assert [source.raw(i).targets for i in range(7)] == [(-1,)] * 3 + [(0,)] * 3 + [(-1,)]
+    assert sources.read_caption(source.raw(3).caption) == "a dog"
 
 
 def test_bad_files_are_named_and_mixed_folders_refused(tmp_path):
@@ -243,10 +249,24 @@ def test_tables_may_hold_questions(tmp_path, kind):
         path.write_text('{"filepath": "0.png", "caption": "red", "question": "what colour?"}\n')
     else:
         path.write_text("filepath,caption,question\n0.png,red,what colour?\n")
-    tokenizer = load_tokenizer("bpe:256", [])
-    sample = Prepare(CenterCrop(8), tokenizer)(load_source(str(path)).raw(0))
+    source, tokenizer = load_source(str(path)), load_tokenizer("bpe:256", [])
+    assert list(source.captions(9)) == ["what colour? red"]
+    sample = Prepare(CenterCrop(8), tokenizer)(source.raw(0))
     assert tokenizer.decode(sample.question) == " what colour?"
     assert tokenizer.decode(sample.tokens) == " red"
+
+
+def test_rows_that_tables_may_hold(tmp_path):
+    """A JSON object may lack what others have, or name what no file can be called."""
+    path = tmp_path / "t.jsonl"
+    rows = [{"filepath": "a.png"}, {"filepath": "\0.png", "title": "x"}, {"filepath": "\ud83d"}]
+    path.write_text("\n".join([*map(json.dumps, rows), "[" * 100_000]))
+    source, prepare = load_source(str(path)), Prepare(CenterCrop(8))
+    kinds = [prepare(source.raw(i)).kind for i in range(4)]
+    assert kinds == ["missing image"] * 3 + ["unreadable row"]
+    (tmp_path / "t.tsv").write_text('filepath\tcaption\na.png\t"never closed\nb.png\tx\n')
+    with pytest.raises(UserError, match="row 2: unexpected end of data"):
+        load_source(str(tmp_path / "t.tsv"))
 
 
 def test_class_names_may_be_numbers_or_aliases(tmp_path):
@@ -442,6 +462,14 @@ def test_a_killed_loader_process_is_a_users_error():
             next(running)
     for process in set(multiprocessing.active_children()) - others:  # they ignore SIGTERM
         process.kill()
+
+
+def test_an_error_in_a_loader_process_is_not_taken_for_its_death():
+    def prepare(*_):
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        next(batches(TrainStream(Numbers(), prepare, 0, 4, 0, 1, Start()), 1, CPU))
 
 
 def test_more_than_a_tenth_is_too_much():

@@ -585,6 +585,15 @@ def test_damaged_tokenizer_files_are_refused(tmp_path, content, message):
         load_tokenizer(str(tmp_path / "t.tiktoken"))
 
 
+@pytest.mark.parametrize("config", ["{", "[1]", '{"words": "("}'])
+def test_damage_beside_a_tokenizer_file_is_named(tmp_path, config):
+    tokenizer = load_tokenizer("bpe:256", [])
+    (tmp_path / "t.tiktoken").write_bytes(save_tokenizer(tokenizer))
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match="damaged"):
+        load_tokenizer(str(tmp_path / "t.tiktoken"))
+
+
 def test_damaged_words_are_refused(tmp_path):
     (tmp_path / "t.tiktoken").write_bytes(b"YQ== 0\nYg== 0\n")
     with pytest.raises(UserError, match="a token or a rank occurs twice"):
