@@ -9,8 +9,8 @@ of shapes are scored against five of the same scene, those of icons of unseen se
 designer's. On shapes CLIP has the best of four learning rates and the others train.py's own; on
 icons each has the best of its sweep. The rows below the encoders say what the scores are worth:
 what another caption of the scene reaches, the right words in one template, the most frequent answer
-to each question, and the designer's caption itself. The command can be stopped and repeated; it
-goes on where it was.
+to each question or caption of an icon, and the designer's caption itself. The command can be
+stopped and repeated; it goes on where it was.
 """
 
 import argparse
@@ -98,15 +98,17 @@ def main():
     train_all(encoders)
     train_all(readers)
 
-    columns = ["CIDEr"] if args.data == "icons" else ["CIDEr", *QUESTIONS.values()]
-    rows = []
+    columns, rows = ["CIDEr", *(["exact"] if args.data == "icons" else QUESTIONS.values())], []
     for name in OBJECTIVES:
         for prefix in ("patches", "pooled"):
             runs = [[place / f"{name}-{prefix}-{t}-{seed}" for seed in args.seeds] for t in tasks]
-            line = [cell([finished(run)[1]["cider"] for run in runs[0]])]
+            scores = [finished(run)[1] for run in runs[0]]
+            line = [cell([score["cider"] for score in scores])]
             if args.data == "shapes":
                 found = [right_answers(run) for run in runs[1]]
                 line += [cell([shares[question] for shares, _ in found]) for question in QUESTIONS]
+            else:
+                line += [cell([score["exact"] for score in scores])]
             rows.append([name, prefix, str(len(args.seeds)), *line])
     if args.data == "shapes":
         others = read_jsonl(place / "references" / "others.jsonl")
@@ -120,8 +122,15 @@ def main():
     else:
         texts = read_jsonl(place / f"superclass-patches-icons-{args.seeds[0]}" / "captions.jsonl")
         references = [text["references"] for text in texts]
-        value = cider([texts[0] for texts in references], references)
-        rows.append(["the designer's caption", "", "", f"{value:.3f}"])
+        own = [first for first, *_ in references]
+        constant = Counter(own).most_common(1)[0][0]
+        for name, said in (
+            ("the designer's caption", own),
+            (f'"{constant}"', [constant] * len(own)),
+        ):
+            exact = sum(text in right for text, right in zip(said, references, strict=True))
+            line = f"{cider(said, references):.3f}", f"{exact / len(own):.3f}"
+            rows.append([name, "", "", *line])
     print_table(["encoder", "prefix", "seeds", *columns], rows)
 
 
