@@ -363,7 +363,7 @@ class Shards(Source):
             return BadSample(missing, f"{where} has only {', '.join(sorted(parts))}")
         if not self.attributes:
             return Raw(image, parts.get("txt"))
-        label = parts["cls"].decode("utf-8", "replace").strip() if "cls" in parts else None
+        label = parts["cls"].decode("utf-8-sig", "replace").strip() if "cls" in parts else None
         number = self.numbers.get(label and label.replace("_", " "))
         if number is None:
             return BadSample("unknown label", f"{where}: '{label}' is not one of --class-names")

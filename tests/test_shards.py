@@ -51,13 +51,13 @@ def bytes_prepare(view=None) -> Prepare:
 
 
 def numbered(folder: Path, *sizes: int) -> Path:
-    """A folder of shards with so many samples, numbered through."""
+    """A folder of shards with so many samples, numbered through, after a byte order mark."""
     folder.mkdir()
     numbers = itertools.count()
     for s, n in enumerate(sizes):
         members = []
         for i in itertools.islice(numbers, n):
-            members += [*sample_members(i, size=8), (f"{i:06d}.cls", str(i).encode())]
+            members += [*sample_members(i, size=8), (f"{i:06d}.cls", str(i).encode("utf-8-sig"))]
         write_tar(folder / f"{s:05d}.tar", members)
     return folder
 
@@ -306,7 +306,8 @@ def test_features_of_shards_do_not_depend_on_the_readers(shards, limit):
     (features, _, tokens), *others = (extract(workers, True) for workers in (0, 2, 3))
     assert len(features) == len(tokens) == (limit or 60)
     for other in others:
-        assert torch.equal(other[0], features) and other[2] == tokens
+        torch.testing.assert_close(other[0], features)  # a batch's size may change the last bits
+        assert other[2] == tokens
 
 
 def test_a_place_of_one_pass_leads_back_to_the_sample(shards):
