@@ -97,30 +97,34 @@ def main():
                     ]  # fmt: skip
     train_all(encoders)
     train_all(readers)
+    print_scores(args.data, args.seeds, place, tasks)
 
-    columns, rows = ["CIDEr", *(["exact"] if args.data == "icons" else QUESTIONS.values())], []
+
+def print_scores(data: str, seeds: list[str], place: Path, tasks: dict):
+    """The table: a row for each encoder and prefix, then what the scores are worth."""
+    columns, rows = ["CIDEr", *(["exact"] if data == "icons" else QUESTIONS.values())], []
     for name in OBJECTIVES:
         for prefix in ("patches", "pooled"):
-            runs = [[place / f"{name}-{prefix}-{t}-{seed}" for seed in args.seeds] for t in tasks]
+            runs = [[place / f"{name}-{prefix}-{t}-{seed}" for seed in seeds] for t in tasks]
             scores = [finished(run)[1] for run in runs[0]]
             line = [cell([score["cider"] for score in scores])]
-            if args.data == "shapes":
+            if data == "shapes":
                 found = [right_answers(run) for run in runs[1]]
                 line += [cell([shares[question] for shares, _ in found]) for question in QUESTIONS]
             else:
                 line += [cell([score["exact"] for score in scores])]
-            rows.append([name, prefix, str(len(args.seeds)), *line])
-    if args.data == "shapes":
+            rows.append([name, prefix, str(len(seeds)), *line])
+    if data == "shapes":
         others = read_jsonl(place / "references" / "others.jsonl")
         references = [row["references"] for row in others]
         for name, key in (("another caption", "other"), ("the right words, one template", "right")):
             value = cider([row[key] for row in others], references)
             rows.append([name, "", "", f"{value:.3f}", "", "", ""])
-        _, constant = right_answers(place / f"superclass-patches-answers-{args.seeds[0]}")
+        _, constant = right_answers(place / f"superclass-patches-answers-{seeds[0]}")
         line = [f"{constant[question]:.3f}" for question in QUESTIONS]
         rows.append(["the most frequent answer", "", "", "", *line])
     else:
-        texts = read_jsonl(place / f"superclass-patches-icons-{args.seeds[0]}" / "captions.jsonl")
+        texts = read_jsonl(place / f"superclass-patches-icons-{seeds[0]}" / "captions.jsonl")
         references = [text["references"] for text in texts]
         own = [first for first, *_ in references]
         constant = Counter(own).most_common(1)[0][0]
