@@ -30,11 +30,10 @@ class ConvNet(nn.Sequential):
     """torchvision's network up to its last feature map; each position becomes a token."""
 
     WIDTHS = {"resnet50": 2048, "convnext_tiny": 768}
-    # No block is left out at random, as in OpenCLIP; so results do not depend on the split.
-    OPTIONS = {"convnext_tiny": {"stochastic_depth_prob": 0.0}}
 
     def __init__(self, name: str):
-        options = self.OPTIONS.get(name, {})
+        # No block is left out at random, as in OpenCLIP, so results do not depend on the split.
+        options = {"stochastic_depth_prob": 0.0} if name == "convnext_tiny" else {}
         layers = torchvision.models.get_model(name, weights=None, **options).named_children()
         super().__init__(OrderedDict(takewhile(lambda layer: layer[0] != "avgpool", layers)))
         self.width = self.WIDTHS[name]

@@ -75,7 +75,7 @@ def extract(run: Run, source, limit: int | None = None, workers: int = 2, captio
         targets.append(batch.targets)
         tokens += [row[row >= 0].tolist() for row in batch.tokens]
         places += batch.places
-    order = sorted(range(len(places)), key=places.__getitem__)  # workers give it to shards
+    order = sorted(range(len(places)), key=places.__getitem__)  # loaders take turns in shards
     features, targets = torch.cat(features)[order], torch.cat(targets)[order]
     if not features.isfinite().all():
         raise UserError("the features are not finite: the run's weights are damaged")
@@ -549,7 +549,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--class-names", help="file with one class a line, several names separated by commas")
     add("--prompt", action="append", dest="prompts", help="zeroshot: text with {} for a class name")
     add("--shots", type=number(int, 1), default=10, help="fewshot: training images of each class")
-    add("--limit", type=number(int, 1), help="training images at most; else, pairs")
+    add("--limit", type=number(int, 1), help="training images at most; retrieval, caption: pairs")
     add("--workers", type=number(int, 0), default=2, help="loader processes")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser

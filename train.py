@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the model")
     add("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
     add("--workers", type=number(int, 0), default=2, help="loaders of each training process")
-    add("--lanes", type=count, help="shards: processes x workers must divide it; default: that")
+    add("--lanes", type=count, help="shards: a multiple of processes x workers, its default")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", type=Path, help="the run's folder; default: runs/DATA")
     add("--resume", action="store_true", help="continue the run in --out")
