@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
@@ -46,6 +47,15 @@ def train_all(runs: dict[Path, list[str]], jobs: int = 2):
             list(pool.map(train, runs))
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def untried(scores: dict[str, float]) -> list[str]:
+    """The learning rates that a sweep tries next, given the scores so far; none at its end.
+
+    First the middle three of RATES; the end is when both neighbours of the best are tried.
+    """
+    near = RATES.index(max(scores, key=scores.get)) if scores else len(RATES) // 2
+    return [rate for rate in RATES[max(near - 1, 0) :][:3] if rate not in scores]
 
 
 def is_done(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import cell, finished, print_table, train_all
+from common import RATES, cell, finished, print_table, train_all, untried
 
 import eval as evaluation
 from run import load_run, publish
@@ -51,7 +51,6 @@ ROWS = {
     "supervised": ["--objective", "supervised", "--data", f"{ICONS}/labelled-*.tar"],
     "lit": ["--objective", "lit"],  # on the encoder of SuperClass's run
 }
-RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 PROMPTS = [["{}"], ["a {}"], ["{} outline"], ["{} icon"], ["{}", "{} outline", "{} filled"]]
 PROMPTS += [["a {}", "a photo of a {}", "a picture of the {}"]]
 PROBE = 10_000  # training images of the probe
@@ -148,21 +147,12 @@ def in_order(rows: list[str]) -> list[list[str]]:
 
 
 def choose_rates(rows: list[str], jobs: int) -> dict[str, str]:
-    """The learning rate of each row that is best on the held-out icons of training.
-
-    Begins with the middle three of RATES and goes on until both neighbours of the best are tried,
-    or RATES ends.
-    """
-
-    def missing(row: str) -> list[str]:
-        near = RATES.index(max(scores[row], key=scores[row].get)) if scores[row] else 3
-        return [rate for rate in RATES[max(near - 1, 0) :][:3] if rate not in scores[row]]
-
+    """The learning rate of each row that is best on the held-out icons of training."""
     best, kept = {}, json.loads(SWEEP.read_text()) if SWEEP.exists() else {}
     for group in in_order(rows):
         keys = {row: "-".join(map(str, (PLACE.name, row, *SWEPT))) for row in group}
         scores = {row: kept.setdefault(key, {}) for row, key in keys.items()}
-        while pairs := [(row, rate) for row in group for rate in missing(row)]:
+        while pairs := [(row, rate) for row in group for rate in untried(scores[row])]:
             if group == ["lit"]:  # sweep.json may have its encoder's rate, but not its run
                 train_all(dict([run_of("superclass", best, *SWEPT)]), jobs)
             sweep = dict(run_of(row, best | {row: rate}, *SWEPT) for row, rate in pairs)
