@@ -88,9 +88,10 @@ def main():
         [run_of(row, rates, seed=seed, **own) for seed in args.seeds] for _, row, _, own in kinds
     ]
     train_all(dict(run for group in zip(*runs, strict=True) for run in group), args.jobs)
-    for (line, _, x, _), group in zip(kinds, runs, strict=True):
-        found = measure_all(dict(group), args.jobs)
-        columns = {score: [scores[score] for scores in found] for score in SCORES}
+    found = iter(measure_all([folder for group in runs for folder, _ in group], args.jobs))
+    for line, _, x, _ in kinds:
+        of_seeds = [next(found) for _ in args.seeds]
+        columns = {score: [scores[score] for scores in of_seeds] for score in SCORES}
         for score, values in columns.items():
             lines.setdefault((line, score), []).append((x, values))
         table.append([line, f"{x:,}", *map(cell, columns.values())])
