@@ -48,10 +48,10 @@ def draw(lines: dict[tuple[str, str], list[tuple]], label: str, path: Path):
                 x, values = zip(*points, strict=True)
                 deviations = [stdev(v) if len(v) > 1 else 0 for v in values]
                 axes.errorbar(x, list(map(mean, values)), deviations, marker="o", ms=4, label=line)
-                axes.set_xticks(x, minor=False)
+                ticks = [f"{n:,}" if n < 10_000 else EngFormatter(sep="")(n) for n in x]
+                axes.set_xticks(x, ticks)
         axes.set_ylim(bottom=0)
         axes.minorticks_off()
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     page.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     page.savefig(path)
 
