@@ -52,7 +52,8 @@ def train_all(runs: dict[Path, list[str]], jobs: int = 2):
 def untried(scores: dict[str, float]) -> list[str]:
     """The learning rates that a sweep tries next, given the scores so far; none at its end.
 
-    First the middle three of RATES; the end is when both neighbours of the best are tried.
+    First the middle three of RATES; the end is when both neighbours of the best are tried, or RATES
+    has no more.
     """
     near = RATES.index(max(scores, key=scores.get)) if scores else len(RATES) // 2
     return [rate for rate in RATES[max(near - 1, 0) :][:3] if rate not in scores]

@@ -2,20 +2,19 @@
 
     python experiments/share.py RUN SOURCE CLASSES
 
-Prints the mean share over 5,000 captions of a source with classes, with the IDF weights that the
+Prints the mean share over 5,000 samples of a source with classes, with the IDF weights that the
 run has counted and with equal ones. Captions that do not name their class are left out.
 """
 
 import argparse
-from itertools import chain
 from pathlib import Path
 
-import common as common  # makes the programs importable
 import torch
+from common import UserError
 
-from eval import token_bags
+from eval import good_batches, token_bags
 from run import load_run
-from sources import load_source, read_caption
+from sources import load_source
 from superclass import IDF
 from tokenizer import caption_labels
 
@@ -26,18 +25,27 @@ def main():
     parser.add_argument("source")
     parser.add_argument("classes", help="as for --class-names")
     args = parser.parse_args()
-    run = load_run(args.run, torch.device("cpu"))
-    source = load_source(args.source, class_names=args.classes)
-    names = [
-        {token for name in aliases for token in caption_labels(name, run.tokenizer)}
-        for aliases in source.attributes["class"]
-    ]
     labels, own = [], []
-    for _, raw in chain(*source.once(0, 1, 256, 5000)):
-        tokens = caption_labels(read_caption(raw.caption), run.tokenizer)
-        if named := names[raw.targets[0]].intersection(tokens):
-            labels.append(tokens)
-            own.append(torch.tensor([token in named for token in tokens]))
+    try:
+        run = load_run(args.run, torch.device("cpu"))
+        source = load_source(args.source, class_names=args.classes)
+        if list(source.attributes) != ["class"]:
+            raise UserError(f"{args.source} has no classes")
+        names = [
+            set().union(*(caption_labels(name, run.tokenizer) for name in aliases))
+            for aliases in source.attributes["class"]
+        ]
+        for batch in good_batches(run, source, 256, limit=5000, captioned=True):
+            for row, (c,) in zip(batch.labels.tolist(), batch.targets.tolist(), strict=True):
+                tokens = [token for token in row if token >= 0]
+                named = names[c].intersection(tokens) if c >= 0 else None
+                if named:
+                    labels.append(tokens)
+                    own.append(torch.tensor([token in named for token in tokens]))
+    except UserError as error:
+        parser.error(str(error))
+    if not labels:
+        parser.error(f"no caption of {args.source} names its class")
     is_own, equal = torch.cat(own), IDF(len(run.idf.df))  # one that has counted nothing yet
     for weights, idf in (("with IDF", run.idf), ("without", equal)):
         targets = token_bags(idf, labels).coalesce()
