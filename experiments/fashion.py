@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from common import cell, print_table, score, train_all, untried
+from common import UserError, cell, print_table, score, train_all, untried
 
 from run import publish
 from sources import load_source
@@ -67,8 +67,11 @@ def main():
     parser = argparse.ArgumentParser(description="Compare on captions that nobody wrote.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     seeds = parser.parse_args().seeds
-    if not (DATA / "classes.txt").exists():
-        write_tables()
+    try:
+        if not (DATA / "classes.txt").exists():
+            write_tables()
+    except UserError as error:  # the files of Fashion-MNIST are missing
+        parser.error(str(error))
     pool, sweep = ThreadPoolExecutor(2), {(row, kind): {} for kind, row in product(KINDS, ROWS)}
     while new := [(*key, rate, 1) for key, found in sweep.items() for rate in untried(found)]:
         train_all(dict(run_of(*one) for one in new))
