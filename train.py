@@ -348,11 +348,11 @@ def load_pretrained(model: nn.Module, config: argparse.Namespace, say):
 
 
 def save(parts: dict, config: argparse.Namespace, rank: int, world: int):
-    """Publish a checkpoint of all parts, and the encoder alone."""
+    """Publish the encoder alone, then a checkpoint of all parts, which is never the newer one."""
     if rank == 0:
         state = {name: part.state_dict() for name, part in parts.items()}
-        run.publish(state | {"fingerprint": run.fingerprint(config)}, config.out / "checkpoint.pt")
         run.publish(parts["model"].encoder.state_dict(), config.out / "encoder.pt")
+        run.publish(state | {"fingerprint": run.fingerprint(config)}, config.out / "checkpoint.pt")
     if world > 1:
         dist.barrier()  # no process may exit while rank 0 is still writing
 

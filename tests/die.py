@@ -25,7 +25,8 @@ SERVER.set_forkserver_preload(["tests.die"])
 PLACES = {  # what is counted: the function's owner and name
     "optimizer": (torch.optim.AdamW, "step"),
     "batch": (train, "normalize"),
-    "checkpoint": (os, "replace"),  # only the renaming of checkpoint.pt
+    "checkpoint.pt": (os, "replace"),  # only the renaming of this file,
+    "encoder.pt": (os, "replace"),  # or of that
 }
 
 
@@ -46,7 +47,7 @@ def at_call(function, n: int, act, counts=lambda *_: True):
 def die(number: str, place: str, n: int):
     """Send this process the signal of that name at the n-th call of what `place` counts."""
     owner, name = PLACES[place]
-    counts = (lambda _, path: path.name == "checkpoint.pt") if place == "checkpoint" else None
+    counts = (lambda _, path: path.name == place) if name == "replace" else None
     act = lambda: os.kill(os.getpid(), getattr(signal, number))  # noqa: E731
     counted = at_call(getattr(owner, name), n, act, *[counts] * bool(counts))
     setattr(owner, name, counted)

@@ -295,6 +295,8 @@ def test_an_encoder_that_does_not_fit_is_refused_with_its_keys(capsys, classes, 
         assert message in refused(capsys, *flags)
     torch.save({"step": 3}, tmp_path / "encoder.pt")
     assert "is not an encoder" in refused(capsys, *flags)
+    torch.save(list(encoder.values()), tmp_path / "encoder.pt")
+    assert "cannot be read" in refused(capsys, *flags)
     assert "there is no checkpoint" in refused(capsys, *flags, "--init", tmp_path / "nothing.pt")
     assert not (tmp_path / "run").exists()
 
@@ -336,6 +338,9 @@ def test_captions_are_learned_and_evaluated(capsys, classes, first, tmp_path, pr
     assert (row["task"], row["step"], row["images"]) == ("caption", 60, 24)
     assert row["cider"] > 1 and 0 <= row["exact"] <= 1
     assert "cider" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(["zeroshot", str(run), "--data", str(classes), "--workers", "0"])
+    assert "needs a head or a text tower" in capsys.readouterr().err
     texts = read_jsonl(run / "captions.jsonl")
     exact = [text["generated"] in text["references"] for text in texts]
     assert len(texts) == 24 and row["exact"] == sum(exact) / 24
@@ -515,7 +520,8 @@ def whole(finished):
     [
         ("optimizer", 3),  # before the first save
         ("optimizer", 9),  # between two saves
-        ("checkpoint", 3),  # with a new checkpoint written, and not yet in the place of the old one
+        ("checkpoint.pt", 3),  # with a new one written, and not yet in the place of the old one
+        ("encoder.pt", 4),  # of the last step
     ],
 )
 def test_a_killed_run_ends_like_one_that_was_not(finished, whole, tmp_path, place, n):
@@ -525,6 +531,7 @@ def test_a_killed_run_ends_like_one_that_was_not(finished, whole, tmp_path, plac
     assert state(run)["progress"]["step"] < 12
     train.main(["--out", str(run), "--resume"])
     assert_same(state(run), state(whole))
+    assert_same(load(run / "encoder.pt"), load(whole / "encoder.pt"))
     assert metrics(run) == metrics(whole)
     assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
 
