@@ -298,6 +298,8 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
         tasks = ["head" if task == "zeroshot" else task for task in tasks]
     elif run.config.objective == "superclip" and "zeroshot" in tasks:
         tasks = ["head", *tasks]
+    elif run.config.objective == "caption" and "zeroshot" in tasks:
+        raise UserError(f"zeroshot needs a head or a text tower: {run.folder} has neither")
     workers, trains = options.get("workers", 2), {"probe", "fewshot"} & set(tasks)
     if trains and list(train.attributes.values()) != list(val.attributes.values()):
         raise UserError("training and validation data have other classes: give --class-names")
@@ -546,7 +548,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("run", type=Path, nargs="+", help="the run's folder; for a table, several")
     add("--data", help="training images for probe and few-shot, else the images to evaluate on")
     add("--val-data", help="images to evaluate on; default: the run's own")
-    add("--class-names", help="file with one class a line, several names separated by commas")
+    add("--class-names", help="file of classes; default, unless --data is given: the run's")
     add("--prompt", action="append", dest="prompts", help="zeroshot: text with {} for a class name")
     add("--shots", type=number(int, 1), default=10, help="fewshot: training images of each class")
     add("--limit", type=number(int, 1), help="training images at most; retrieval, caption: pairs")

@@ -90,14 +90,16 @@ def open_sources(config: argparse.Namespace, trains: bool = True, **given) -> tu
     """The training and the validation source of a run; `given` flags replace the run's own.
 
     The first is None if nothing trains on it. The second is None if none is named and the training
-    source has no split of its own. When nothing trains, `data` alone names what is evaluated.
+    source has no split of its own. When nothing trains, `data` alone names what is evaluated. Other
+    `data` has classes of its own.
     """
     given = {key: value for key, value in given.items() if value is not None}
     data = given.get("data", config.data)
     val = given.get("val_data", None if "data" in given else config.val_data)
     if val is None and (data in BUILT_IN or ("data" in given and not trains)):
         val = data
-    where = config.data_root, given.get("class_names", config.class_names)
+    names = None if "data" in given else config.class_names
+    where = config.data_root, given.get("class_names", names)
     train = load_source(data, "train", *where) if trains else None
     return train, val and load_source(val, "val", *where)
 
@@ -133,9 +135,9 @@ def read_checkpoint(config: argparse.Namespace) -> dict:
 
 
 def read_weights(path: Path) -> dict:
-    """A file of tensors; no code in it is ever run."""
+    """A file of tensors by name; no code in it is ever run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # a damaged file can fail anywhere in the unpickler

@@ -262,6 +262,11 @@ def test_data_alone_names_what_is_evaluated(run, capsys, tmp_path):
     assert [(row["task"], row["images"]) for row in new] == [("zeroshot", 9), ("retrieval", 9)]
     assert all(row["flags"] == {"data": few} for row in new) and new[0]["top1"] > 0.8
     assert own_rows(run) == [row for row in rows(run) if "flags" not in row]
+    config = Namespace(data="shapes", val_data=None, data_root="", class_names="gone.txt")
+    _, val = runs.open_sources(config, False, data=few)  # has its own classes, not the run's
+    assert list(val.attributes.values()) == [[["blue"], ["green"], ["red"]]]
+    with pytest.raises(UserError, match=r"gone\.txt cannot be read"):
+        runs.open_sources(config, False, val_data=few)
 
 
 def fake_run(folder, seed, top1, **flags):
