@@ -6,7 +6,6 @@ import queue
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -23,6 +22,7 @@ from baselines import (
 )
 from superclass import IDF, SuperClass, ViT, superclass_loss
 from tests.conftest import as_labels
+from tests.die import SERVER
 
 B, K, V = 7, 6, 23
 
@@ -300,10 +300,9 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(on_device, device,
         pytest.skip("gloo has no MPS")
     alone = queue.SimpleQueue()
     one_rank(0, 1, "", alone, device)
-    context = mp.get_context("spawn")
-    together, store = context.Queue(), str(tmp_path / "store")
+    together, store = SERVER.Queue(), str(tmp_path / "store")
     ranks = [
-        context.Process(target=one_rank, args=(r, 2, store, together, device)) for r in range(2)
+        SERVER.Process(target=one_rank, args=(r, 2, store, together, device)) for r in range(2)
     ]
     for process in ranks:
         process.start()

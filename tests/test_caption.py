@@ -128,6 +128,10 @@ def test_generation_is_that_of_transformers(on_device, device, gpt2, weights, tm
 
 
 def test_a_file_that_does_not_fit_names_the_keys(weights, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
     def message(state):
         with pytest.raises(UserError) as caught:
             load_gpt2(saved(state, tmp_path / "gpt2.bin"))
@@ -147,7 +151,8 @@ def test_a_file_that_does_not_fit_names_the_keys(weights, tmp_path):
     assert "state dict" in message({"step": 3, "model": weights})
     assert "state dict" in message([1, 2])
     assert "not GPT-2" in message(encoder().state_dict())
-    assert "state dict" in message(encoder())  # pickled code, which is not run
+    assert "state dict" in message({"wte.weight": Code()})  # pickled code,
+    assert not (tmp_path / "ran").exists()  # which is not run
 
 
 def test_a_file_that_cannot_be_read_is_named(weights, tmp_path, monkeypatch):

@@ -157,6 +157,27 @@ def test_colour_jitter_takes_the_colour_of_two_in_ten():
     assert 20 < grey < 60 and 150 < changed < 190  # 0.2 and 1 - 0.2 x 0.8 of them
 
 
+def test_crops_keep_their_smallest_area_and_half_are_mirrored():
+    ramp = np.zeros((100, 100, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(100), np.arange(100)[:, None]
+    for flip in (False, True):
+        prepare, raw = Prepare(Augment(25, 0.4, flip=flip)), Raw(Image.fromarray(ramp), None)
+        views = torch.stack([prepare(raw, (i,)).image for i in range(200)]).int()
+        wide = views[:, 0, 12, -1] - views[:, 0, 12, 0]
+        high = views[:, 1, -1, 12] - views[:, 1, 0, 12]
+        areas = wide.abs() * high / 96**2  # between the centres of the first and the last pixel
+        assert 0.35 < areas.min() < 0.5 and areas.max() > 0.85
+        assert 70 < (wide < 0).sum() < 130 if flip else (wide > 0).all()
+
+
+def test_the_evaluation_view_is_the_centred_square():
+    wide = Image.new("RGB", (90, 30))
+    wide.paste((0, 255, 0), (30, 0, 60, 30))
+    for image in (wide, wide.rotate(90, expand=True)):
+        inner = np.array(CenterCrop(10)(image))[3:7, 3:7]
+        assert (inner == (0, 255, 0)).all()
+
+
 # ------------------------------------------------------------------------------------------------
 # Sources.
 
@@ -312,7 +333,7 @@ def test_fashion_mnist_reads_torchvisions_files(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ("train", "t10k"):
-        images = np.random.default_rng(0).integers(0, 255, (20, 28, 28), dtype=np.uint8)
+        images = np.random.default_rng(len(name)).integers(0, 255, (20, 28, 28), dtype=np.uint8)
         header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (20, 28, 28))
         (raw / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         labels = bytes(i % 10 for i in range(20))
@@ -324,6 +345,8 @@ def test_fashion_mnist_reads_torchvisions_files(tmp_path):
     assert len(sources.TEMPLATES) == len(set(sources.TEMPLATES)) == 36
     assert list(source.captions(20)) == [source.raw(i).caption for i in range(20)]
     assert "boot" in source.raw(9).caption and source.raw(9).targets == (9,)
+    val = load_source("fashion-mnist", "val", str(tmp_path))
+    assert val.raw(0).image.tobytes() != source.raw(0).image.tobytes()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -456,6 +479,10 @@ def test_a_killed_loader_process_is_a_users_error():
     running = batches(stream, 2, CPU, 1)
     next(running)
     loader, *_ = set(multiprocessing.active_children()) - others
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or Slurm sends them to all
+        os.kill(loader.pid, number)
+    for _ in range(20):
+        next(running)
     os.kill(loader.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"DataLoader worker .*--workers"):
         for _ in range(20):  # some batches are ready

@@ -62,6 +62,8 @@ def test_zeroshot_is_the_weighted_mean_log_probability(small):
                 expected[image, c] += sum(parts) / sum(w) / len(aliases)
     scores = zeroshot(run, features, names)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
+    some = zeroshot(run, features, [["red", "ZX"], ["blue"]])  # the second name was never seen
+    torch.testing.assert_close(some, zeroshot(run, features, [["red"], ["blue"]]))
 
 
 def test_zeroshot_refuses_names_that_were_never_seen(small):
@@ -115,6 +117,20 @@ def test_zeroshot_by_text_is_the_cosine_with_the_mean_prompt(small):
     torch.testing.assert_close(scores, torch.stack(expected, dim=1).cpu())
 
 
+def test_a_supervised_run_scores_each_attribute_by_its_own_outputs(small):
+    run, features = small
+    device = run.idf.df.device
+    classes = {"shape": [["a"], ["b"]], "colour": [["c"], ["d"], ["e"]]}
+    config = Namespace(objective="supervised", classes=classes)
+    run = run._replace(model=SuperClass(ViT(16, 8, 32, 1, 2), 5).to(device), config=config)
+    with torch.no_grad():
+        logits = run.model.head(run.model.norm(features.to(device))).cpu()
+    for a, columns in enumerate((slice(0, 2), slice(2, 5))):
+        names = list(classes.values())[a]
+        scores = evaluation.classify(run, "head", a, names, features, {})
+        torch.testing.assert_close(scores, logits[:, columns])
+
+
 def test_retrieval_counts_by_hand():
     scores = torch.tensor([[5.0, 1, 0], [4, 3, 0], [0, 9, 1], [0, 0, 0]])
     captions = torch.tensor([0, 1, 2, 2])
@@ -134,10 +150,32 @@ def blobs(n, seed=0):
     return torch.tensor(x * 7 + 3).float(), torch.tensor(y)
 
 
-def test_probe_separates_what_is_separable_and_picks_a_penalty():
-    (x, y), (val_x, val_y) = blobs(300), blobs(500, seed=1)
+def test_probe_takes_the_penalty_that_is_best_on_held_out_images(monkeypatch):
+    """Fits with 1e-3 are good ones, all others are zero."""
+    (x, y), (val_x, _) = blobs(300), blobs(20, seed=1)
+    real, fitted, checked = evaluation.regress, [], []
+
+    def regress(x, y, classes, penalty, start=None):
+        fitted.append((len(x), penalty))
+        weight = real(x, y, classes, 1e-2)
+        return weight if penalty == 1e-3 else torch.zeros_like(weight)
+
+    def score(scores, labels):
+        checked.append(len(labels))
+        return top1(scores, labels)
+
+    monkeypatch.setattr(evaluation, "regress", regress)
+    monkeypatch.setattr(evaluation, "top1", score)
     scores, penalty = probe(x, y, val_x, 3)
-    assert top1(scores, val_y) > 0.98 and penalty in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    assert penalty == 1e-3 and checked == [30] * 5
+    assert fitted == [(270, 10.0**-n) for n in range(1, 6)] + [(300, 1e-3)]
+    train_x, val_x = evaluation.standardize(x, val_x)
+    torch.testing.assert_close(scores, evaluation.linear(val_x, real(train_x, y, 3, 1e-2)))
+
+
+def test_probe_separates_what_is_separable():
+    (x, y), (val_x, val_y) = blobs(300), blobs(500, seed=1)
+    assert top1(probe(x, y, val_x, 3)[0], val_y) > 0.98
     shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
     assert top1(probe(x, shuffled, val_x, 3)[0], val_y) < 0.6
 
@@ -246,6 +284,13 @@ def test_retrieval_from_the_head(run, capsys):
     (row,) = rows(run)[len(before) :]
     assert row["images"] == 30 and row["captions"] == 15 and "i2t@1" in capsys.readouterr().out
     assert row["i2t@5"] > 0.6  # five of fifteen captions have the right colour: by chance, a third
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_built_in_data_is_evaluated_on_its_other_split(trains):
+    config = Namespace(data="shapes", val_data=None, data_root="", class_names=None)
+    training, val = runs.open_sources(config, trains)
+    assert val.split == "val" and (training.split == "train" if trains else training is None)
 
 
 def test_data_alone_names_what_is_evaluated(run, capsys, tmp_path):

@@ -1,5 +1,8 @@
 """The run that comes with the repository, and the script that slims a run for it."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -8,17 +11,19 @@ import run as runs
 import show
 import train
 from superclass import build_encoder
-from tests.conftest import ROOT, make_shards, run_python, train_flags
+from tests.conftest import ROOT, make_shards, train_flags
 
 KEPT = ROOT / "pretrained" / "icons"
 
 
-@pytest.mark.parametrize("thing", ["umbrella", "lock", "house", "envelope"])
-def test_the_kept_run_names_drawings(thing, tmp_path, capsys):
-    drawing = ROOT / "assets" / f"{thing}.png"
-    show.main(["words", str(KEPT), str(drawing), "--lift", "--out", str(tmp_path / "words.png")])
-    words = [part.split()[0] for part in capsys.readouterr().out.split(": ")[1].split(", ")]
-    assert thing in words[:2]  # "home" and "unlock" are close
+def test_the_kept_run_names_drawings(tmp_path, capsys):
+    things = ["umbrella", "lock", "house", "envelope"]
+    drawings = [str(ROOT / "assets" / f"{thing}.png") for thing in things]
+    show.main(["words", str(KEPT), *drawings, "--lift", "--out", str(tmp_path / "words.png")])
+    lines = capsys.readouterr().out.splitlines()
+    for thing, line in zip(things, lines, strict=True):
+        words = [part.split()[0] for part in line.split(": ")[1].split(", ")]
+        assert thing in words[:2]  # "home" and "unlock" are close
 
 
 def test_the_kept_run_is_small_and_starts_others():
@@ -27,10 +32,12 @@ def test_the_kept_run_is_small_and_starts_others():
     runs.init_encoder(build_encoder(config.model, config.image_size), KEPT)
 
 
-def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys):
+def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "slim"
     train.main(train_flags(make_shards(tmp_path / "data"), run, "--samples", "16"))
-    run_python("experiments/slim.py", str(run), str(out))
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    monkeypatch.setattr(sys, "argv", ["slim.py", str(run), str(out)])
+    importlib.import_module("slim").main()
     whole, slim = (runs.load_run(folder, torch.device("cpu")) for folder in (run, out))
     for a, b in zip(whole.model.parameters(), slim.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

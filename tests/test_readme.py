@@ -111,6 +111,15 @@ def test_the_papers_25_lines_are_superclass_loss():
     torch.testing.assert_close(names["loss"].detach(), expected.detach())
 
 
+def test_the_code_for_ones_own_programs_runs(capsys):
+    (code,) = re.findall(
+        r"```python\n(from pathlib.*?)```", (ROOT / "docs/data.md").read_text(), re.S
+    )
+    code = code.replace("runs/shapes", str(ROOT / "pretrained/icons"))
+    exec(code.replace("photo.jpg", str(ROOT / "assets/umbrella.png")), {})
+    assert capsys.readouterr().out
+
+
 def test_links_and_pictures_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

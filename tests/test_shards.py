@@ -9,6 +9,7 @@ import itertools
 import os
 import tarfile
 import threading
+import weakref
 import zlib
 from argparse import Namespace
 from collections import Counter
@@ -30,7 +31,6 @@ from data import (
     Augment,
     CenterCrop,
     OnePass,
-    Piece,
     Prepare,
     TrainStream,
     UserError,
@@ -473,24 +473,23 @@ def test_a_header_that_is_broken_in_the_middle_is_not_the_end(tmp_path):
     assert samples[-1].kind == "damaged shard"
 
 
-def resident() -> int:
-    """Bytes of memory that the process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def test_a_lane_holds_one_group_of_shards_at_a_time(shards, monkeypatch):
+    class Tracked:
+        pass
 
+    alive, counts = weakref.WeakSet(), []
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-def test_memory_stays_bounded(tmp_path):
-    for s in range(8):
-        members = [m for i in range(100) for m in sample_members(i, size=16)]
-        write_tar(tmp_path / f"{s}.tar", members)
-    source = load_source(str(tmp_path))
-    stream = iter(TrainStream(source, bytes_prepare(), 0, 50, 0, 1, Start(0, 2)))
-    for _ in range(100):  # 5,000 samples
-        assert isinstance(next(stream), Piece)
-    early = resident()
-    for _ in range(200):  # 15,000 samples
-        next(stream)
-    assert resident() < 1.1 * early
+    def read(self, url):
+        samples = [Tracked() for _ in range(10)]
+        alive.update(samples)
+        counts.append(len(alive))
+        return samples
+
+    monkeypatch.setattr(Shards, "read", read)
+    lane = load_source(str(shards)).lane(lambda raw, _: raw, 3, 0, Start(0, 1, {}))
+    for _ in range(300):
+        next(lane)
+    assert max(counts) <= 10 * Shards.GROUP + 1  # and the sample that was yielded last
 
 
 # ------------------------------------------------------------------------------------------------

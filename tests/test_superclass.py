@@ -197,13 +197,15 @@ def test_named_sizes_are_timms():
 def test_checkpointing_changes_no_gradient(on_device):
     torch.manual_seed(0)
     model, images = ViT(16, 8, 32, 2, 2), torch.randn(2, 3, 16, 16)
-    grads = []
+    grads, calls = [], []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for model.grad_checkpointing in (False, True):
         model.zero_grad()
         model(images).square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+    assert len(calls) == 1 + 2  # once more in the backward pass
 
 
 def test_any_encoder_that_gives_tokens_fits():

@@ -1,9 +1,9 @@
 """The loop. Its promises are tested by doing them: runs are killed, split and given bad data."""
 
 import errno
-import functools
 import json
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -12,14 +12,16 @@ import pytest
 import timm
 import torch
 
+import baselines
+import data
 import eval as evaluation
 import run as runs
 import train
-from baselines import LOSSES
+from baselines import LOSSES, contrastive_loss
 from caption import load_gpt2
 from run import init_encoder, load_run, read_jsonl
-from sources import load_source
-from superclass import SuperClass, build_encoder
+from sources import Start, load_source
+from superclass import SuperClass, build_encoder, superclass_loss
 from tests.conftest import COLOURS, TINY, caption, encoded, load, make_pairs, picture, train_flags
 from tests.die import at_call, launch, start
 
@@ -88,6 +90,9 @@ def test_a_run_leaves_its_files_and_learns(finished):
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert abs(lines[0]["loss"] - (math.log(300) + 0.5)) < 0.6
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    rates = [train.learning_rate(step, 12, 2, 1e-3) for step in range(12)]
+    assert [line["lr"] for line in lines] == rates
+    assert [group["lr"] for group in state(run)["optimizer"]["param_groups"]] == [rates[-1]] * 2
     encoder = build_encoder("XS/16", 32)
     encoder.load_state_dict(load(run / "encoder.pt"), strict=True)
     assert state(run)["idf"]["n"] == 96
@@ -128,7 +133,8 @@ def test_the_split_of_a_batch_changes_nothing(finished, tmp_path, flags):
     workers = [] if "--workers" in flags else ["--workers", "0"]
     train.main(train_flags(pairs, tmp_path / "run", "--samples", "96", *workers, *flags))
     ours, theirs = metrics(tmp_path / "run"), metrics(run)
-    assert [a["loss"] for a in ours] == pytest.approx([b["loss"] for b in theirs], rel=1e-4)
+    for key in ("loss", "grad_norm"):
+        assert [a[key] for a in ours] == pytest.approx([b[key] for b in theirs], rel=1e-4)
     assert_same(state(tmp_path / "run")["idf"], state(run)["idf"])
     if workers == []:  # only the workers differ: nothing at all does
         assert_same(state(tmp_path / "run")["model"], state(run)["model"])
@@ -143,18 +149,74 @@ def test_other_precisions_and_plain_averaging_run(finished, tmp_path, flags):
 
 
 def test_a_compiled_model_saves_plain_keys(finished, tmp_path, monkeypatch, device):
-    if device.type == "cpu":  # which would need a C++ compiler
-        compiler = functools.partial(torch.compile, backend="eager")
-        monkeypatch.setattr(torch, "compile", compiler)
+    compiled, compiler = [], torch.compile
+    options = {"backend": "eager"} if device.type == "cpu" else {}  # others need a C++ compiler
+    count = lambda model: compiled.append(model) or compiler(model, **options)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", count)
     run, pairs = finished
     train.main(
         train_flags(pairs, tmp_path / "run", "--samples", "96", "--workers", "0", "--compile")
     )
     ours, theirs = metrics(tmp_path / "run"), metrics(run)
     assert [a["loss"] for a in ours] == pytest.approx([b["loss"] for b in theirs], rel=1e-4)
-    assert state(tmp_path / "run")["model"].keys() == state(run)["model"].keys()
+    assert compiled and state(tmp_path / "run")["model"].keys() == state(run)["model"].keys()
     if device.type == "cpu":
         assert_same(state(tmp_path / "run")["model"], state(run)["model"])
+
+
+FIRST_LOSS = [[], ["--no-idf"], ["--objective", "superclip"], ["--loss", "asl"]]
+
+
+@pytest.mark.parametrize("flags", FIRST_LOSS, ids=" ".join)
+def test_the_first_loss_is_that_of_its_formula(pairs, tmp_path, flags, device):
+    """At a learning rate of zero the weights at the end are those of the first loss."""
+    flags = ["--samples", "8", "--lr", "0", "--workers", "0", *flags]
+    train.main(train_flags(pairs, tmp_path / "run", *flags))
+    run = load_run(tmp_path / "run", device)
+    prepare = data.Prepare(data.Augment(32), run.tokenizer, run.config.seed)
+    stream = data.TrainStream(load_source(str(pairs)), prepare, 0, 8, 0, 1, Start())
+    batch = next(data.batches(stream, 0, device, reads=("tokens",)))
+    df = batch.labels[batch.labels >= 0].cpu().bincount(minlength=run.config.vocab_size).to(device)
+    weights = torch.ones_like(df) if "--no-idf" in flags else torch.log(9 / (df + 1))
+    tokens = [batch.tokens] if run.config.objective == "superclip" else []
+    with torch.no_grad():
+        outputs = run.model(data.normalize(batch.images), *tokens)
+    if "asl" in flags:
+        expected = LOSSES["asl"](outputs, batch.labels)
+    else:
+        contrast, logits = outputs if tokens else (None, outputs)
+        expected = superclass_loss(logits, batch.labels, weights)
+        expected = expected + contrastive_loss(*contrast) if tokens else expected
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_no_flag_of_the_recipe_is_forgotten(pairs, tmp_path, device):
+    """A flag that is parsed and not used gives the losses of a run without it."""
+    changes = "", "--flip", "--min-scale 0.3", "--color-jitter 0.3", "--beta2 0.5", "--seed 1"
+    changes += "--weight-decay 5", "--warmup 3", "--precision bf16", "--no-idf"
+    changes += ("--no-idf --drop-stopwords",)  # "a" is in every caption: with IDF it has no weight
+    found = {}
+    for i, flags in enumerate(changes):
+        own = ["--samples", "24", "--workers", "0", *flags.split()]
+        train.main(train_flags(pairs, tmp_path / str(i), *own))
+        losses = tuple(line["loss"] for line in metrics(tmp_path / str(i)))
+        found.setdefault(losses, []).append(flags)
+    assert len(found) == len(changes), found
+
+
+def test_gradients_are_clipped_at_a_norm_of_one(pairs, tmp_path, monkeypatch, device):
+    norms, step = [], torch.optim.AdamW.step
+
+    def measured(self, *args, **kwargs):
+        grads = [p.grad.norm() for group in self.param_groups for p in group["params"]]
+        norms.append(torch.stack(grads).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    flags = ["--samples", "16", "--workers", "0", "--loss", "bce"]
+    train.main(train_flags(pairs, tmp_path / "run", *flags))
+    assert norms == pytest.approx([1, 1], rel=1e-3)
+    assert all(line["grad_norm"] > 2 for line in metrics(tmp_path / "run"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,31 +302,33 @@ def test_a_run_goes_on_at_another_resolution(classes, tmp_path, device, capsys):
     """The head comes along if the tokens are the same, and only then."""
     flags = ["--samples", "16", "--workers", "0"]
     train.main(train_flags(classes, tmp_path / "first", *flags))
-    heads = [load(tmp_path / "first" / "checkpoint.pt")["model"]["head.weight"]]
+    models = [state(tmp_path / "first")["model"]]
     flags += ["--init", str(tmp_path / "first"), "--lr", "0", "--image-size", "64"]
     for name, tokenizer in (("same", "bpe:300"), ("other", "words:4")):
         own = [*flags, "--tokenizer", tokenizer]
         train.main(train_flags(classes, tmp_path / name, *own))
-        heads.append(load(tmp_path / name / "checkpoint.pt")["model"]["head.weight"])
+        models.append(state(tmp_path / name)["model"])
         assert ("the head of" in capsys.readouterr().out) == (name == "same")
-    assert torch.equal(heads[0], heads[1]) and heads[0].shape != heads[2].shape
+    for name in ("norm.weight", "head.weight", "head.bias"):
+        assert torch.equal(models[0][name], models[1][name])
+    assert models[0]["head.weight"].shape != models[2]["head.weight"].shape
 
 
 def test_an_encoder_of_timms_is_taken_over_and_its_positions_interpolated(
     classes, tmp_path, device
 ):
-    """A random ViT-S/16 of timm's for 224 px: the same features at 224, and a start at 160."""
+    """A random ViT-Ti/16 of timm's for 224 px: the same features at 224, and a start at 160."""
     torch.manual_seed(0)
     options = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
-    theirs = timm.create_model("vit_small_patch16_224", **options).eval()
+    theirs = timm.create_model("vit_tiny_patch16_224", **options).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pt")
-    ours = build_encoder("S/16", 224).eval()
+    ours = build_encoder("Ti/16", 224).eval()
     init_encoder(ours, tmp_path / "timm.pt")
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(ours(images).mean(dim=1), theirs(images), atol=1e-5, rtol=1e-5)
 
-    flags = ["--model", "S/16", "--image-size", "160", "--samples", "2", "--batch-size", "2"]
+    flags = ["--model", "Ti/16", "--image-size", "160", "--samples", "2", "--batch-size", "2"]
     flags += ["--workers", "0", "--init", str(tmp_path / "timm.pt"), "--lr", "0"]
     train.main(train_flags(classes, tmp_path / "run", *flags))
     encoder = load(tmp_path / "run" / "encoder.pt")
@@ -347,6 +411,11 @@ def test_captions_are_learned_and_evaluated(capsys, classes, first, tmp_path, pr
     assert {text["references"][0] for text in texts} == {caption(i) for i in range(24)}
     found = [text["generated"].split()[1] == text["references"][0].split()[1] for text in texts]
     assert sum(found) > 16  # a third of the colours would be right by chance
+    rows = [f"{classes / 'red' / '000.png'},{text}" for text in ("a red picture", "red")]
+    (tmp_path / "twice.csv").write_text("\n".join(["filepath,caption", *rows]))
+    evaluation.main(["caption", str(run), "--data", str(tmp_path / "twice.csv"), "--workers", "0"])
+    (text,) = read_jsonl(run / "captions.jsonl")  # one image with two references
+    assert text["references"] == ["a red picture", "red"]
 
 
 def test_questions_are_answered(classes, first, tmp_path):
@@ -454,11 +523,9 @@ def assert_resumes_exactly(flags: list[str], n: int):
     assert metrics(killed) == metrics(run)
     encoders = [load(folder / "encoder.pt") for folder in (killed, run)]
     assert_same(*encoders)
-    for folder in (killed, run):  # the large ones are 300 MB
-        shutil.rmtree(folder)
 
 
-RESUMED = [["--loss", name] for name in ("softmax", *LOSSES)]
+RESUMED = [["--loss", name] for name in ("softmax", "two_way")]
 RESUMED += [["--objective", name] for name in ("clip", "superclip", "lit", "supervised")]
 RESUMED += [["--objective", "caption", "--prefix", name] for name in ("patches", "pooled")]
 RESUMED += [["--precision", "fp16"], ["--micro-batch", "2", "--grad-checkpointing"]]
@@ -472,13 +539,22 @@ def test_every_objective_resumes_exactly(classes, first, tmp_path, flags):
     assert_resumes_exactly(train_flags(classes, tmp_path / "run", "--save-every", "2", *flags), 4)
 
 
-@pytest.mark.parametrize("model", ["resnet50", "convnext_tiny"])
-def test_every_encoder_resumes_exactly(classes, tmp_path, model, device):
-    """Batch norm counts images; and the order of samples stays.
+def test_an_encoder_with_batch_norm_resumes_exactly(classes, tmp_path, monkeypatch, device):
+    """It counts images; and the order of samples stays. A small network stands for ResNet-50.
 
     A worker reads the data: in this process, the seed of each sample would hide another's absence.
     """
-    flags = ["--model", model, "--samples", "8", "--batch-size", "4", "--workers", "1"]
+    monkeypatch.setitem(baselines.ConvNet.WIDTHS, "mobilenet_v3_small", 576)
+    flags = [
+        "--model",
+        "mobilenet_v3_small",
+        "--samples",
+        "8",
+        "--batch-size",
+        "4",
+        "--workers",
+        "1",
+    ]
     flags += ["--save-every", "1", "--log-every", "2"]
     assert_resumes_exactly(train_flags(classes, tmp_path / "run", *flags), 2)
 
@@ -538,8 +614,8 @@ def test_a_killed_run_ends_like_one_that_was_not(finished, whole, tmp_path, plac
 
 def test_a_signal_finishes_the_step_and_saves(finished, whole, tmp_path):
     run = tmp_path / "run"
-    stopped = launch(train_flags(finished[1], run, *KILLED), 1, (0, "SIGTERM", "batch", 5))
-    assert stopped.codes == [128 + signal.SIGTERM]
+    stopped = launch(train_flags(finished[1], run, *KILLED), 1, (0, "SIGINT", "batch", 5))
+    assert stopped.codes == [128 + signal.SIGINT]
     assert "stopped after step 5 of 12; continue with: " in stopped.said
     assert f"python train.py --out {run} --resume" in stopped.said
     assert state(run)["progress"]["step"] == 5
@@ -568,6 +644,31 @@ def test_a_folder_can_be_read_while_a_run_writes_it(finished, tmp_path):
     steps = [each.step for each in loaded]
     assert steps == sorted(steps) and steps[0] < steps[-1] and lines[0] < lines[-1]
     assert all(each.idf.n == 8 * each.step for each in loaded)
+
+
+def test_a_resumed_run_goes_on_counting_bad_samples(pairs, tmp_path, device):
+    (pairs / "007.png").write_bytes(b"")
+    flags = ["--samples", "96", "--save-every", "4", "--workers", "0"]
+    run, killed = run_and_killed_copy(train_flags(pairs, tmp_path / "run", *flags), 10)
+    assert state(killed)["progress"]["skipped"]["unreadable image"] >= 2
+    train.main(["--out", str(killed), "--resume"])
+    assert_same(state(killed), state(run))
+    assert metrics(killed) == metrics(run)
+
+
+def test_speed_is_that_of_all_steps_since_the_last_line(whole):
+    for line in read_jsonl(whole / "metrics.jsonl"):  # one in three steps
+        assert line["images_per_s"] * line["step_s"] == pytest.approx(8)
+        assert 0 <= line["data_s"] <= line["step_s"]
+
+
+def test_a_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, real=real: done.append(n) or real(*a))
+    runs.publish(b"x", tmp_path / "file")
+    assert done == ["fsync", "replace"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -761,5 +862,7 @@ def test_a_few_bad_samples_are_counted_and_many_stop_the_run(capsys, tmp_path, d
     assert "x unreadable image" in said.out and "x unusable caption" in said.out
     for i in range(0, 60, 5):
         (folder / f"{i:02d}.jpg").write_bytes(b"")
-    error = refused(capsys, *train_flags(folder, tmp_path / "second", *flags))
-    assert "cannot be used" in error and "x unreadable image" in error
+    for name, more in (("second", []), ("third", ["--samples", "5120", "--batch-size", "128"])):
+        error = refused(capsys, *train_flags(folder, tmp_path / name, *flags, *more))
+        assert "cannot be used" in error and "x unreadable image" in error
+    assert len(metrics(tmp_path / "third")) < 8  # after a thousand samples, not at the end
