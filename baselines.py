@@ -23,7 +23,7 @@ import torchvision
 from torch import Tensor, nn
 
 import superclass
-from superclass import Attention, Block, SuperClass, init_transformer
+from superclass import SIZES, Attention, Block, SuperClass, init_transformer
 
 
 class ConvNet(nn.Sequential):
@@ -193,8 +193,7 @@ class TextTower(nn.Module):
 
 
 # Width, depth and heads of the text tower beside an encoder; for S, B and L as in OpenCLIP.
-TEXT_SIZES = {"XXS": (64, 4, 2), "XS": (128, 4, 4), "Ti": (192, 12, 3)}
-TEXT_SIZES |= {"S": (384, 12, 6), "B": (512, 12, 8), "L": (768, 12, 12)}
+TEXT_SIZES = SIZES | {"B": (512, 12, 8), "L": (768, 12, 12)}
 
 
 def build_text_tower(model: str, vocab_size: int) -> TextTower:
@@ -228,9 +227,7 @@ class CLIP(nn.Module):
         self.encoder.train(mode and not self.locked)  # a locked batch norm must not update either
         return self
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] -> the pooled representation [B, D], like SuperClass's."""
-        return self.encoder(images).mean(dim=1)
+    features = SuperClass.features  # images [B, 3, S, S] -> the pooled representation [B, D]
 
     def embed_images(self, features: Tensor) -> Tensor:
         """Pooled features [B, D] -> unit vectors [B, E]."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines import CausalAttention
-from superclass import Block, init_transformer
+from superclass import Block, SuperClass, init_transformer
 from tokenizer import UserError
 
 
@@ -142,9 +142,7 @@ class Captioner(nn.Module):
         self.encoder.eval()  # a locked batch norm must not count any more
         return self
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] -> the pooled representation [B, D], as in SuperClass."""
-        return self.encoder(images).mean(dim=1)
+    features = SuperClass.features  # images [B, 3, S, S] -> the pooled representation [B, D]
 
     def project(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] -> prefix vectors [B, P, E]."""

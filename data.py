@@ -150,8 +150,7 @@ class Prepare:
         try:
             tokens = self.encode(read_caption(raw.caption)) if self.tokenizer else []
             # Nothing else draws from the process's own generator while a view is made.
-            state = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
-            torch.default_generator.manual_seed(int(state[0]) >> 1)
+            torch.default_generator.manual_seed(seed_of(self.seed, *key))
             image = torch.from_numpy(np.array(self.view(open_image(raw.image)))).permute(2, 0, 1)
             question = self.encode(raw.question) if self.tokenizer and raw.question else []
             return Sample(image, tokens, question, raw.targets)
@@ -164,6 +163,11 @@ class Prepare:
         if not tokens:
             raise BadSample("unusable caption", f"no known token in {text[:60]!r}")
         return tokens
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for torch's generators that is a function of these numbers alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ Letters in shapes:  N images,  M captions,  D width,  C classes,  V vocabulary.
 """
 
 import argparse
-import functools
 import json
 import math
 import re
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -120,9 +119,10 @@ def token_bags(idf: IDF, labels: list[list[int]]) -> Tensor:
     return torch.sparse_coo_tensor(torch.stack([rows, ids]), values, size, check_invariants=True)
 
 
-# Of logits [N, V], by --loss.
-LOG_PROBABILITY = defaultdict(lambda: functools.partial(F.log_softmax, dim=1))
-LOG_PROBABILITY |= dict.fromkeys(["bce", "asl", "soft_margin"], F.logsigmoid)
+def log_probabilities(run: Run, logits: Tensor) -> Tensor:
+    """The log-probabilities of all tokens from logits [..., V], as the run's loss defines them."""
+    by_sigmoid = run.config.loss in ("bce", "asl", "soft_margin")
+    return F.logsigmoid(logits) if by_sigmoid else F.log_softmax(logits, dim=-1)
 
 
 @torch.inference_mode()
@@ -134,7 +134,7 @@ def score_bags(run: Run, features: Tensor, bags: Tensor) -> Tensor:
     scores = []
     for x in features.to(run.idf.df.device).split(BATCH):
         logits = run.model.head(run.model.norm(x)).float()  # [n, V]
-        log_p = LOG_PROBABILITY[run.config.loss](logits)
+        log_p = log_probabilities(run, logits)
         scores.append(torch.sparse.mm(bags, log_p.T.cpu()).T)
     empty = bags.sum(dim=1).to_dense() == 0
     return torch.cat(scores).masked_fill(empty, -torch.inf)
@@ -142,12 +142,10 @@ def score_bags(run: Run, features: Tensor, bags: Tensor) -> Tensor:
 
 def zeroshot_by_text(run: Run, features: Tensor, texts: list[list[str]]) -> Tensor:
     """Scores [N, C]: the cosine of an image and the mean of a class's texts (section 4, LiT)."""
-    classes = []
-    for of_class in texts:
-        tokens = [caption_tokens(text, run.tokenizer) for text in of_class]
-        classes.append(embed_texts(run.model, tokens).mean(dim=0))
+    tokens = [[caption_tokens(text, run.tokenizer) for text in of_class] for of_class in texts]
+    classes = torch.stack([embed_texts(run.model, of_class).mean(dim=0) for of_class in tokens])
     images = run.model.embed_images(features.to(run.idf.df.device)).cpu()  # [N, E]
-    return images @ F.normalize(torch.stack(classes), dim=1).T
+    return images @ F.normalize(classes, dim=1).T
 
 
 @torch.inference_mode()
@@ -332,8 +330,9 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
                     print(f"no {shots}-shot: a class has fewer training images", file=sys.stderr)
                     continue
                 draws = [fewshot(train_x, train_y, x, classes, shots, n) for n in range(DRAWS)]
-                mean, deviation = mean_and_deviation([top1(scores, y) for scores in draws])
-                row |= {"top1": mean, "deviation": deviation, "shots": shots, "draws": DRAWS}
+                found = [top1(scores, y) for scores in draws]
+                row |= {"top1": statistics.mean(found), "deviation": statistics.stdev(found)}
+                row |= {"shots": shots, "draws": DRAWS}
             else:  # what is asked of SuperCLIP is for its towers, not for its head
                 own = {} if task == "head" and "zeroshot" in tasks else options
                 row |= {"top1": top1(classify(run, task, a, names, x, own), y)}
@@ -424,11 +423,6 @@ def cider(hypotheses: list[str], references: list[list[str]]) -> float:
     return 10 * sum(scores) / N
 
 
-def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; the latter is None for a single value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 def report(rows: list[dict], run: Run) -> str:
     """Append the rows to eval.jsonl and return them as a table."""
     stamped = [{"step": run.step, **row, "time": round(time.time())} for row in rows]
@@ -440,8 +434,7 @@ def report(rows: list[dict], run: Run) -> str:
     lines = [f"{'task':<15} {'attribute':<10} {'classes':>7} {'images':>7} {'top-1':>7}"]
     for row in rows:
         line = f"{task_name(row):<15} {row['attribute']:<10} {row['classes']:>7} {row['images']:>7}"
-        deviation = row.get("deviation")
-        spread = "" if deviation is None else f" ± {deviation:.3f}"
+        spread = f" ± {row['deviation']:.3f}" if "deviation" in row else ""
         lines.append(f"{line} {row['top1']:>7.3f}{spread}")
     return "\n".join(lines)
 
@@ -475,9 +468,8 @@ def table(folders: list[Path]) -> str:
             if len(values) < len(group):
                 cells.append("")
                 if values:
-                    print(
-                        f"{name}: {len(values)} of {len(group)} runs have {column}", file=sys.stderr
-                    )
+                    found = f"{len(values)} of {len(group)} runs have {column}"
+                    print(f"{name}: {found}", file=sys.stderr)
             elif column in COSTS:
                 cells.append(f"{statistics.median(values):.{1 if column == 'minutes' else 0}f}")
             else:
@@ -512,9 +504,9 @@ def grouped(folders: list[Path]) -> dict[str, list[tuple[argparse.Namespace, dic
 
 
 def cell(values: list[float]) -> str:
-    """Mean ± standard deviation, the latter of several values only."""
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+    """Mean ± sample standard deviation, the latter of several values only."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
@@ -540,9 +532,7 @@ def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Evaluate runs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("task", choices=("zeroshot", "probe", "fewshot", "retrieval", "caption", "table"))
     add("run", type=Path, nargs="+", help="the run's folder; for a table, several")

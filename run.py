@@ -50,16 +50,14 @@ class Run(NamedTuple):
 def load_run(folder: Path, device: torch.device) -> Run:
     """Load a run for evaluation; raises UserError if the folder holds no run or a damaged one."""
     config = read_config(folder)
+    tokenizer = read_tokenizer(folder / "tokenizer.tiktoken", vars(config))
+    state = read_checkpoint(config)
     try:
-        state = read_checkpoint(config)
         model, idf = build_model(config), IDF(config.vocab_size)
         model.load_state_dict(state["model"])
         idf.load_state_dict(state["idf"])
-        tokenizer = read_tokenizer(folder / "tokenizer.tiktoken", vars(config))
         model, step = model.to(device).eval(), state["progress"]["step"]
         return Run(folder, config, tokenizer, model, idf.to(device), step)
-    except UserError:
-        raise
     except Exception as error:  # files that were changed can contradict each other anywhere
         reason = f"its files do not fit together ({error!r:.300})"
         raise UserError(f"{folder} is damaged: {reason}") from None
@@ -246,9 +244,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(
-            f"device '{name}' is unknown or not available here: use auto, cuda, mps or cpu"
-        ) from None
+        problem = f"device '{name}' is unknown or not available here"
+        raise UserError(f"{problem}: use auto, cuda, mps or cpu") from None
     return device
 
 
@@ -292,12 +289,9 @@ def add_data_flags(add: Callable):
     """Flags that describe a source and how training sees it; for train.py and show.py."""
     add("--data-root", default="data", help="where torchvision keeps its data sets")
     add("--class-names", help="file with one class a line, several names separated by commas")
-    add(
-        "--tokenizer",
-        default="bpe:512",
-        help="bpe:N or words:N (learned from the captions), clip, a name that tiktoken knows, a "
-        ".tiktoken or a Hugging Face tokenizer.json file",
-    )
+    kinds = "bpe:N or words:N (learned from the captions), clip, a name that tiktoken knows, or a "
+    kinds += ".tiktoken or Hugging Face tokenizer.json file"
+    add("--tokenizer", default="bpe:512", help=kinds)
     add("--drop-stopwords", action="store_true", help="leave words such as 'the' out of captions")
     add("--image-size", type=number(int, 1), default=32, help="pixels")
     add("--min-scale", type=number(float, 0, 1), default=0.9, help="smallest area of a random crop")

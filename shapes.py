@@ -119,8 +119,7 @@ def around(radii: list[float], x: float = 0.0, y: float = 0.0) -> list[tuple[flo
 def heart(points: int) -> list[tuple[float, float]]:
     """A well-known curve: x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t."""
     turns = [2 * math.pi * k / points for k in range(points)]
-    waves = (13, -5, -2, -1)
-    height = [sum(w * math.cos((n + 1) * t) for n, w in enumerate(waves)) for t in turns]
+    height = [sum(w * math.cos(n * t) for n, w in enumerate((13, -5, -2, -1), 1)) for t in turns]
     return [(math.sin(t) ** 3, -y / 16) for t, y in zip(turns, height, strict=True)]
 
 

@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import math
+import statistics
 import sys
 import textwrap
 import warnings
@@ -39,6 +40,7 @@ import run as runs
 import sources
 from caption import generate
 from data import CenterCrop, Prepare
+from eval import log_probabilities
 from run import Run, UserError
 from sources import BadSample
 from superclass import IDF, SuperClass
@@ -152,11 +154,6 @@ def top_words(run: Run, logits: Tensor, number: int, lift: bool = False) -> list
     best = (lifts if lift else p).argsort(descending=True)
     best = (best[p[best] > p.max() / 10] if lift else best)[:number].tolist()
     return [Word(spell(i, run.tokenizer), i, p[i].item(), lifts[i].item()) for i in best]
-
-
-def log_probabilities(run: Run, logits: Tensor) -> Tensor:
-    """The log-probabilities [V] of all tokens for logits [V], as the run's loss defines them."""
-    return evaluation.LOG_PROBABILITY[run.config.loss](logits[None].float())[0]
 
 
 def word_weights(run: Run, text: str) -> Tensor:
@@ -460,8 +457,8 @@ def final_points(folders: list[Path]) -> Iterator[tuple]:
         for task in scores:
             values = [found[task] for _, found in group if task in found]
             if task not in evaluation.COSTS and len(values) == len(group):
-                mean, deviation = evaluation.mean_and_deviation(values)
-                yield task, line, config.samples, mean, deviation or 0
+                deviation = statistics.stdev(values) if len(values) > 1 else 0
+                yield task, line, config.samples, statistics.mean(values), deviation
 
 
 def show_data(args: argparse.Namespace) -> dict[str, list]:

@@ -29,15 +29,8 @@ from shapes import pick
 from tokenizer import UserError
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
-KINDS = (
-    "missing image",
-    "unreadable image",
-    "missing caption",
-    "unusable caption",
-    "unreadable row",
-    "damaged shard",
-    "unknown label",
-)
+KINDS = ("missing image", "unreadable image", "missing caption", "unusable caption")
+KINDS += ("unreadable row", "damaged shard", "unknown label")
 
 
 class BadSample(Exception):
@@ -361,13 +354,11 @@ class Shards(Source):
         if image is None or not {"txt", "cls"} & parts.keys():
             missing = "missing image" if image is None else "missing caption"
             return BadSample(missing, f"{where} has only {', '.join(sorted(parts))}")
-        if not self.attributes:
-            return Raw(image, parts.get("txt"))
         label = parts["cls"].decode("utf-8-sig", "replace").strip() if "cls" in parts else None
         number = self.numbers.get(label and label.replace("_", " "))
-        if number is None:
+        if self.attributes and number is None:
             return BadSample("unknown label", f"{where}: '{label}' is not one of --class-names")
-        return Raw(image, parts.get("txt"), (number,))
+        return Raw(image, parts.get("txt"), (number,) * len(self.attributes))
 
     def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
         """Position p holds the next good sample of lane p mod L, whoever reads the lane.

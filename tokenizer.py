@@ -323,9 +323,8 @@ def read_tokenizer(path: str | Path, config: dict):
 
     Raises UserError when the file cannot be read or is damaged.
     """
-    kind = config["tokenizer_kind"]
     try:
-        content = Path(path).read_bytes()
+        kind, content = config["tokenizer_kind"], Path(path).read_bytes()
         if kind == "json":
             return JsonTokenizer(content.decode())
         lines = [line.split() for line in content.splitlines()]

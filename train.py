@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -58,11 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--objective", default="superclass", choices=objectives, help="what is learned")
     add("--loss", default="softmax", choices=("softmax", *LOSSES), help="SuperClass's loss")
     add("--no-idf", action="store_true", help="softmax: weight all tokens of a caption equally")
-    add(
-        "--model",
-        default="XS/8",
-        help="SIZE/PATCH, as B/16; resnet50 (varies with the split), convnext_tiny",
-    )
+    model = "SIZE/PATCH, as B/16; resnet50 (varies with the split), convnext_tiny"
+    add("--model", default="XS/8", help=model)
     add("--init", help="start from a run's encoder (and head), or from a file with timm's names")
     add("--lm", help="caption: the weights of a published GPT-2, which stays frozen")
     add("--prefix", default="patches", choices=("patches", "pooled"), help="caption: what is read")
@@ -147,7 +143,7 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
             batch = progress.wait_for(stream)  # this process's share of the global batch
             idf.update(batch.labels)  # count all of the global batch before any of it is weighted
             weights = torch.ones_like(idf.weights()) if config.no_idf else idf.weights()
-            seed_step(config.seed, step, rank)
+            torch.manual_seed(data.seed_of(config.seed, step, rank))  # of dropout and the like
 
             loss = 0.0
             for i, part in enumerate(batch.split(micro_batch)):
@@ -205,12 +201,6 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def seed_step(seed: int, step: int, rank: int):
-    """Make stochastic depth and dropout a function of these numbers, not of the process's past."""
-    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]) >> 1)
 
 
 def other_loss(config: argparse.Namespace, outputs, part: Batch, weights: Tensor) -> Tensor:
@@ -414,9 +404,8 @@ def split_batch(config: argparse.Namespace, world: int) -> tuple[int, int]:
     """
     B, micro_batch = config.batch_size, config.micro_batch or max(1, config.batch_size // world)
     if B % (micro_batch * world):
-        raise UserError(
-            f"--batch-size {B} is not a multiple of {world} processes x {micro_batch} images"
-        )
+        split = f"{world} processes x {micro_batch} images"
+        raise UserError(f"--batch-size {B} is not a multiple of {split}")
     whole = config.objective in ("clip", "lit", "superclip") or config.loss == "two_way"
     if whole and micro_batch * world != B:
         raise UserError(
@@ -454,9 +443,7 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
     if isinstance(source, sources.Shards):
         config.lanes = config.lanes or world * max(1, config.workers)
         if len(source.urls) < config.lanes:
-            print(
-                f"lanes   {config.lanes} share {len(source.urls)} shards: each is read repeatedly"
-            )
+            print(f"lanes   {config.lanes} share {source}: each is read repeatedly")
     elif config.lanes:
         raise UserError(f"--lanes is for shards: {config.data} has one order for any split")
     split_batch(config, world)

@@ -573,7 +573,7 @@ def test_an_encoder_with_dropout_resumes_exactly(classes, tmp_path, monkeypatch,
 
 def test_what_is_random_in_a_step_depends_on_seed_step_and_rank_alone(device):
     def draw(*args):
-        train.seed_step(*args)
+        torch.manual_seed(data.seed_of(*args))
         return torch.rand(4, device=device).tolist()
 
     drawn = [draw(*args) for args in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0))]
