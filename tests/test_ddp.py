@@ -141,6 +141,9 @@ def test_torchrun_ends_the_job_of_a_killed_process(whole, tmp_path):
     )
     assert died.returncode != 0 and "SIGKILL" in died.stderr
     assert state(run)["progress"]["step"] == 12
+    assert launch(["--out", run, "--resume"], 2).codes == [0, 0]
+    assert_same(state(run), state(whole / "two"))
+    assert metrics(run) == metrics(whole / "two")
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(whole, tmp_path):

@@ -525,7 +525,7 @@ def assert_resumes_exactly(flags: list[str], n: int):
     assert_same(*encoders)
 
 
-RESUMED = [["--loss", name] for name in ("softmax", "two_way")]
+RESUMED = [["--loss", name] for name in ("softmax", *LOSSES)]
 RESUMED += [["--objective", name] for name in ("clip", "superclip", "lit", "supervised")]
 RESUMED += [["--objective", "caption", "--prefix", name] for name in ("patches", "pooled")]
 RESUMED += [["--precision", "fp16"], ["--micro-batch", "2", "--grad-checkpointing"]]
@@ -545,17 +545,8 @@ def test_an_encoder_with_batch_norm_resumes_exactly(classes, tmp_path, monkeypat
     A worker reads the data: in this process, the seed of each sample would hide another's absence.
     """
     monkeypatch.setitem(baselines.ConvNet.WIDTHS, "mobilenet_v3_small", 576)
-    flags = [
-        "--model",
-        "mobilenet_v3_small",
-        "--samples",
-        "8",
-        "--batch-size",
-        "4",
-        "--workers",
-        "1",
-    ]
-    flags += ["--save-every", "1", "--log-every", "2"]
+    flags = ["--model", "mobilenet_v3_small", "--samples", "8", "--batch-size", "4"]
+    flags += ["--workers", "1", "--save-every", "1", "--log-every", "2"]
     assert_resumes_exactly(train_flags(classes, tmp_path / "run", *flags), 2)
 
 
