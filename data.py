@@ -6,11 +6,14 @@ killed anywhere and continued exactly, and split over any number of processes an
 Letters in shapes:  B images,  S image size,  K tokens of a caption,  A attributes with classes.
 """
 
+import atexit
 import functools
 import io
 import itertools
 import math
+import multiprocessing
 import signal
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -267,8 +270,10 @@ def batches(
     `micro_batches`, the pieces that all workers made of so many are one batch: a process's share
     of a global batch.
     """
-    loader = DataLoader(dataset, None, num_workers=workers, worker_init_fn=init_worker)
-    pieces = iter(loader)
+    # Loaders that Python 3.14 starts by default would outlive a process that is killed.
+    method = "fork" if workers and sys.platform == "linux" else None
+    options = {"worker_init_fn": init_worker, "multiprocessing_context": method}
+    pieces = iter(DataLoader(dataset, None, num_workers=workers, **options))
     if workers:
         # torch's handler would raise wherever the main thread is when a worker dies. Without it the
         # next batch raises, within five seconds.
@@ -321,6 +326,14 @@ def init_worker(worker: int):
     """Leave signals to the main process, which finishes its step and saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_loaders():
+    """Python's own end would send them SIGTERM and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def worker_id() -> tuple[int, int]:

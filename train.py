@@ -8,11 +8,9 @@ continues a run exactly where it stopped.
 """
 
 import argparse
-import atexit
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -503,8 +501,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
 
 
 def main(argv: list[str] | None = None):
-    # Loader processes ignore SIGTERM, and Python would wait for them at its end.
-    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
     try:
         config, resumed = parse(argv)
         rank, world, device = start_processes(config.device)

@@ -155,5 +155,5 @@ def run_python(*command: str, check: bool = True, **env: str) -> subprocess.Comp
     """Run Python on the command in the repository, with one thread a process."""
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, text=True, capture_output=True, check=check,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import zlib
 from collections import Counter
 
@@ -32,7 +33,15 @@ from data import (
     to_rgb,
 )
 from sources import KINDS, BadSample, Raw, Sample, Shapes, Start, load_source
-from tests.conftest import COLOURS, caption, encoded, picture, sample_members, write_tar
+from tests.conftest import (
+    COLOURS,
+    caption,
+    encoded,
+    picture,
+    run_python,
+    sample_members,
+    write_tar,
+)
 from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -489,6 +498,32 @@ def test_a_killed_loader_process_is_a_users_error():
             next(running)
     for process in set(multiprocessing.active_children()) - others:  # they ignore SIGTERM
         process.kill()
+
+
+FAULT = """import torch, data
+pictures = data.OnePass(data.load_source("shapes", "val"), lambda raw: 1 / 0, 5)
+next(data.batches(pictures, 2, torch.device("cpu")))"""
+
+
+def test_a_program_ends_after_an_error_in_a_loader_process():
+    ended = run_python("-c", FAULT, check=False)
+    assert ended.returncode == 1 and "ZeroDivisionError" in ended.stderr
+
+
+def name_parent(_) -> BadSample:
+    return BadSample("unreadable image", str(os.getppid()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere loaders start as Python has it")
+def test_loaders_are_children_of_the_process_that_they_serve():
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)  # Python 3.14's own choice
+    try:
+        got = list(batches(OnePass(Numbers(), name_parent, 5), 2, CPU))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    # A loader ends when its parent does: no other parent may stand between the two.
+    assert {bad.detail for batch in got for bad in batch.bad} == {str(os.getpid())}
 
 
 def test_an_error_in_a_loader_process_is_not_taken_for_its_death():
