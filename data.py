@@ -7,13 +7,17 @@ Letters in shapes:  B images,  S image size,  K tokens of a caption,  A attribut
 """
 
 import atexit
+import contextlib
 import functools
 import io
 import itertools
 import math
 import multiprocessing
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -201,6 +205,12 @@ class Piece:
     def __init__(self, samples: list[Sample], places: list, bad: list[BadSample], lanes: dict):
         images = [sample.image for sample in samples]
         self.images = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+        if get_worker_info():  # torch would share them in a thread whose errors nobody sees
+            try:
+                self.images.share_memory_()
+            except RuntimeError as error:
+                advice = "give the container more of it, or use --workers 0"
+                raise UserError(f"shared memory is full ({error}): {advice}") from None
         self.samples = [sample._replace(image=None) for sample in samples]
         self.places, self.bad, self.lanes = places, bad, lanes
 
@@ -274,15 +284,18 @@ def batches(
     method = "fork" if workers and sys.platform == "linux" else None
     options = {"worker_init_fn": init_worker, "multiprocessing_context": method}
     pieces = iter(DataLoader(dataset, None, num_workers=workers, **options))
-    if workers:
-        # torch's handler would raise wherever the main thread is when a worker dies. Without it the
-        # next batch raises, within five seconds.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        while some := list(itertools.islice(pieces, micro_batches * max(1, workers) or 1)):
-            for piece in some:
-                if isinstance(piece, UserError):
-                    raise piece
+        while True:
+            some = []
+            with watch_loaders(workers):
+                for piece in itertools.islice(pieces, micro_batches * max(1, workers) or 1):
+                    if isinstance(piece, UserError):
+                        raise piece
+                    if micro_batches > 1:  # do not hold shared memory and open files for so many
+                        piece.images = piece.images.clone()
+                    some.append(piece)
+            if not some:
+                return
             yield join(some, device, reads)
     except (RuntimeError, ConnectionError, EOFError) as error:
         # A connection breaks if the process dies while it hands its images over.
@@ -290,6 +303,25 @@ def batches(
             raise
         died = f"a DataLoader worker died ({str(error).partition(chr(10))[0]})"
         raise UserError(f"{died}: if memory ran out, use fewer --workers") from None
+
+
+@contextlib.contextmanager
+def watch_loaders(workers: int):
+    """Raise torch's RuntimeError at once if a loader dies; outside, only at the next time.
+
+    Its own handler would raise anywhere, also while a checkpoint is saved. Without any, half of a
+    message would be waited for, for ever.
+    """
+    check = lambda *_: torch._C._error_if_any_worker_fails()  # noqa: E731
+    has_signal = workers and sys.platform != "win32"
+    try:
+        if has_signal:
+            signal.signal(signal.SIGCHLD, check)
+            check()
+        yield
+    finally:
+        if has_signal:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def join(pieces: list[Piece], device: torch.device, reads: tuple[str, ...] = ()) -> Batch:
@@ -305,8 +337,9 @@ def join(pieces: list[Piece], device: torch.device, reads: tuple[str, ...] = ())
     columns = [pad([sample[i] for sample in samples]) for i in (1, 2, 3)]  # tokens to targets
     tensors = dict(zip(Batch._fields, (images, labels, *columns), strict=False))
     for name in ("images", "labels", *reads):  # a GPU copies pinned memory while the CPU goes on
-        x = tensors[name].pin_memory() if device.type == "cuda" else tensors[name]
-        tensors[name] = x.to(device, non_blocking=True)
+        is_pinned = device.type == "cuda"
+        x = tensors[name].pin_memory() if is_pinned else tensors[name]
+        tensors[name] = x.to(device, non_blocking=is_pinned)
     lanes = {lane: place for piece in pieces for lane, place in piece.lanes.items()}
     bad = [sample for piece in pieces for sample in piece.bad]
     return Batch(**tensors, places=[places[i] for i in order], bad=bad, lanes=lanes)
@@ -323,9 +356,19 @@ def pad(rows: list[list[int]], side: str = "right") -> Tensor:
 
 
 def init_worker(worker: int):
-    """Leave signals to the main process, which finishes its step and saves."""
+    """Leave signals to the main process, which finishes its step and saves, but do not outlive it.
+
+    torch looks for the main process, too, but then waits until what was made is read.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow(parent: int):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
 
 
 @atexit.register

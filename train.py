@@ -506,11 +506,14 @@ def main(argv: list[str] | None = None):
         rank, world, device = start_processes(config.device)
         if rank == 0 and not resumed:
             start_run(config, world, device)
-        if world > 1:
-            dist.barrier()
-        config = config if resumed else run.read_config(config.out)
+            config = run.read_config(config.out)
+        if world > 1:  # another machine may not see the new file yet
+            shared = [config]
+            dist.broadcast_object_list(shared)
+            (config,) = shared
         train(config, rank, world, device)
         if world > 1:
+            dist.barrier()  # torchrun gives a machine that is done five minutes
             dist.destroy_process_group()
     except UserError as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # on a line below the progress bar

@@ -8,6 +8,8 @@ import signal
 import sys
 import zlib
 from collections import Counter
+from multiprocessing import connection
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -482,6 +484,25 @@ def test_a_stream_without_a_good_sample_ends_with_a_sentence():
         next(batches(stream, 1, CPU))
 
 
+def make_long(*_) -> Sample:
+    """Four of them are more than a pipe between processes holds."""
+    return Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), list(range(9999)), [], (0,))
+
+
+def test_a_loader_process_that_dies_while_it_sends_is_a_users_error(monkeypatch):
+    send, ours = connection.Connection._send, os.getpid()
+
+    def send_half(self, content, *args):
+        if os.getpid() == ours or len(content) < 2**16:
+            return send(self, content, *args)
+        send(self, content[: 2**15])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(connection.Connection, "_send", send_half)
+    with pytest.raises(UserError, match=r"DataLoader worker .*--workers"):
+        next(batches(TrainStream(Numbers(), make_long, 0, 8, 0, 1, Start()), 1, CPU, 1))
+
+
 def test_a_killed_loader_process_is_a_users_error():
     others = set(multiprocessing.active_children())
     stream = TrainStream(Numbers(), Prepare(CenterCrop(8)), 0, 4, 0, 1, Start())
@@ -498,6 +519,34 @@ def test_a_killed_loader_process_is_a_users_error():
             next(running)
     for process in set(multiprocessing.active_children()) - others:  # they ignore SIGTERM
         process.kill()
+
+
+def be_killed(end):
+    """With loaders that have more to send than anybody reads; they hold `end` open."""
+    torch.set_num_threads(1)
+    running = batches(TrainStream(Numbers(), make_long, 0, 8, 0, 1, Start()), 2, CPU, 1)
+    next(running)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_loaders_end_when_their_process_is_killed():
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    killed = multiprocessing.get_context("fork").Process(target=be_killed, args=(theirs,))
+    killed.start()
+    theirs.close()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert ours.poll(20)  # nobody holds the other end
+
+
+def test_full_shared_memory_is_a_users_error(monkeypatch):
+    def share(_):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    monkeypatch.setattr(data, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=1))
+    with pytest.raises(UserError, match=r"shared memory is full \(no space left\): .*--workers 0"):
+        next(batches(OnePass(Numbers(), Prepare(CenterCrop(8)), 5), 0, CPU))
 
 
 FAULT = """import torch, data
