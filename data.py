@@ -291,7 +291,7 @@ def batches(
                 for piece in itertools.islice(pieces, micro_batches * max(1, workers) or 1):
                     if isinstance(piece, UserError):
                         raise piece
-                    if micro_batches > 1:  # do not hold shared memory and open files for so many
+                    if workers and micro_batches > 1:  # open files, of all these
                         piece.images = piece.images.clone()
                     some.append(piece)
             if not some:
@@ -312,16 +312,16 @@ def watch_loaders(workers: int):
     Its own handler would raise anywhere, also while a checkpoint is saved. Without any, half of a
     message would be waited for, for ever.
     """
-    check = lambda *_: torch._C._error_if_any_worker_fails()  # noqa: E731
-    has_signal = workers and sys.platform != "win32"
+    check = torch._C._error_if_any_worker_fails
+    if not workers or sys.platform == "win32":  # where there is no such signal
+        yield
+        return
     try:
-        if has_signal:
-            signal.signal(signal.SIGCHLD, check)
-            check()
+        signal.signal(signal.SIGCHLD, lambda *_: check())
+        check()
         yield
     finally:
-        if has_signal:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def join(pieces: list[Piece], device: torch.device, reads: tuple[str, ...] = ()) -> Batch:
