@@ -30,7 +30,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # [B, 3, S, S] -> [B, N, D]
+        x = self.proj(images).flatten(2).transpose(1, 2)  # [B, 3, S, S] -> [B, N, D]
+        return x.contiguous()  # or each norm of each block would copy its input into this order
 
 
 class Attention(nn.Module):
@@ -215,7 +216,7 @@ class IDF(nn.Module):
         count = torch.zeros(V + 1, dtype=torch.int64, device=labels.device)
         slots = labels.flatten() + 1  # padding is counted in slot 0,
         count.scatter_add_(0, slots, torch.ones_like(slots))
-        count[0] = len(labels)  # which then carries the number of captions
+        count[0].fill_(len(labels))  # which then has the number of captions; "=" waits for a GPU
         if dist.is_initialized():
             dist.all_reduce(count)
         self.df += count[1:]
