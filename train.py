@@ -109,7 +109,9 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
 
     forward = torch.compile(model) if config.compile else model
     if world > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        # Gradients as views of DDP's buckets would move after a process's first step, and on a GPU
+        # the last bit of their norm depends on where they start.
+        forward = DistributedDataParallel(forward)
     view = data.Augment(config.image_size, config.min_scale, config.flip, config.color_jitter)
     encode = None if config.objective == "supervised" else tokenizer  # that needs no captions
     prepare = data.Prepare(view, encode, config.seed, config.drop_stopwords)
@@ -512,7 +514,7 @@ def main(argv: list[str] | None = None):
             dist.broadcast_object_list(shared)
             (config,) = shared
         train(config, rank, world, device)
-        if world > 1:
+        if dist.is_initialized():
             dist.barrier()  # torchrun gives a machine that is done five minutes
             dist.destroy_process_group()
     except UserError as error:

@@ -157,7 +157,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(whole, tmp_path):
     assert_same(state(run)["model"], state(whole / "two")["model"])
 
 
-def test_a_mistake_ends_all_processes_with_its_sentence(tmp_path):
-    failed = launch(["--data", "nowhere", "--out", tmp_path / "run"], 2)
+def test_a_mistake_ends_all_processes_with_its_sentence(tmp_path, device):
+    failed = launch(train_flags("nowhere", tmp_path / "run"), 2)
     assert failed.codes[0] == 2 and failed.codes[1] != 0
     assert failed.said.count("error: no source 'nowhere'") == 1
