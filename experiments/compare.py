@@ -19,6 +19,7 @@ import argparse
 import functools
 import json
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +27,7 @@ import torch
 from common import RATES, cell, finished, print_table, train_all, untried
 
 import eval as evaluation
-from run import load_run, publish
+from run import load_run, pick_device, publish
 from sources import load_source
 
 ICONS = "data/plain"
@@ -72,7 +73,7 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
     if kept.exists():
         return json.loads(kept.read_text())
     torch.set_num_threads(1)
-    run = load_run(folder, torch.device("cpu"))
+    run = load_run(folder, pick_device("auto"))
     objective = run.config.objective
 
     def score(task: str, split: str = "val", **options) -> float:
@@ -108,7 +109,8 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
 
 
 def measure_all(folders, jobs: int, **options) -> list[dict]:
-    with ProcessPoolExecutor(jobs) as pool:
+    # CUDA cannot be used in a forked process.
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         return list(pool.map(functools.partial(measure, **options), folders))
 
 
