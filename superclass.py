@@ -23,15 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into squares of P pixels and map each to D numbers: a strided convolution."""
+    """Map each square of P pixels to D numbers: a strided convolution, stored patch by patch."""
 
     def __init__(self, patch_size: int, width: int):
         super().__init__()
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.proj(images).flatten(2).transpose(1, 2)  # [B, 3, S, S] -> [B, N, D]
-        return x.contiguous()  # or each norm of each block would copy its input into this order
+        return self.proj(images).flatten(2).transpose(1, 2).contiguous()  # [B, N, D]
 
 
 class Attention(nn.Module):
