@@ -1,26 +1,32 @@
-"""From samples to batches: images become uint8 tensors, captions become token ids.
+"""From what `--data` names to batches of images and label sets.
 
-Every augmentation is a pure function of the seed and of the position in the stream, so a run can be
-killed anywhere and continued exactly, and split over any number of processes and workers.
+A source holds samples: an image, a caption, classes. A tokenizer turns a caption into its label
+set. Loaders draw, crop and join them into batches. Every augmentation is a pure function of the
+seed and of the position in the stream, so a run can be killed anywhere and continued exactly, and
+split over any number of processes and workers.
+
+Nothing in the data is trusted: a sample that cannot be used becomes a `BadSample`, counted and
+reported.
+
+    python data.py SPEC        look at a source as training would see it
 
 Letters in shapes:  B images,  S image size,  K tokens of a caption,  A attributes with classes.
 """
 
+import argparse
 import atexit
 import contextlib
+import ctypes
 import functools
 import io
 import itertools
 import math
 import multiprocessing
-import os
 import signal
 import sys
-import threading
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,14 +36,297 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2 as transforms
+from tqdm import tqdm
 
-from sources import KINDS, BadSample, Raw, Sample, load_source, read_caption, read_part  # noqa: F401
-from tokenizer import UserError, caption_labels, caption_tokens, load_tokenizer  # noqa: F401
+from plugins import TABLE, UserError, find, names
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # such an image is a bad sample
+# ------------------------------------------------------------------------------------------------
+# Captions become label sets (section 3).
+
+
+def caption_tokens(caption: str, tokenizer, max_tokens: int = 77) -> list[int]:
+    """The ids of a caption's first `max_tokens` tokens: in order, repeats kept, no special ids."""
+    return tokenizer.encode_ordinary(caption)[:max_tokens]
+
+
+def caption_labels(caption: str, tokenizer, max_tokens: int = 77) -> list[int]:
+    """The label set of a caption (section 3): the sorted, distinct ids of its `caption_tokens`."""
+    return sorted(set(caption_tokens(caption, tokenizer, max_tokens)))
+
+
+def load_tokenizer(spec: str, captions: Iterable[str] | None = None):
+    """A tokenizer with `.encode_ordinary(text)`, `.decode(ids)` and `.n_vocab`.
+
+    Args:
+        spec: NAME or NAME:ARG of the shelf, such as "bpe:512", learned from `captions`, or "clip",
+            the paper's; or a file of a type that has a name there.
+    Raises:
+        UserError: for an unknown spec, or an unusable or missing file.
+    """
+    (name, _, arg), ending = spec.partition(":"), Path(spec).suffix
+    if name not in TABLE["tokenizer"] and ending in TABLE["tokenizer"]:
+        name, arg = ending, spec
+    try:
+        return find("tokenizer", name)(arg, captions)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer '{spec}' cannot be fetched ({error}): fetch it where there is a network, "
+            "with the environment variable TIKTOKEN_CACHE_DIR naming a folder, and copy that here, "
+            "or use --tokenizer bpe:512"
+        ) from None
+
+
+def save_tokenizer(tokenizer) -> tuple[bytes, dict]:
+    """The content of a tokenizer's file, and the entries of config.json that go with it."""
+    content, settings = tokenizer.save()
+    kind = f"{type(tokenizer).__module__.removeprefix('plugins.')}.{type(tokenizer).__name__}"
+    return content, {"tokenizer_kind": kind, **settings}
+
+
+def read_tokenizer(content: bytes | Path, config: dict):
+    """The tokenizer that `save_tokenizer` made this content, or file, and these entries of.
+
+    Raises UserError when the file cannot be read or is damaged.
+    """
+    try:
+        file, _, kind = config["tokenizer_kind"].partition(".")
+        saved = content.read_bytes() if isinstance(content, Path) else content
+        return find("tokenizer", file, kind).read(saved, config)
+    except Exception as error:  # a plug-in may raise anything
+        path = content if isinstance(content, Path) else ""
+        raise UserError(f"tokenizer file {path} cannot be read or is damaged: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Samples.
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+KINDS = ("missing image", "unreadable image", "missing caption", "unusable caption")
+KINDS += ("unreadable row", "damaged shard", "unknown label")
+
+
+class BadSample(Exception):
+    """A sample that cannot be used: one of the KINDS, and a detail for the user."""
+
+    def __init__(self, kind: str, detail: object = ""):
+        super().__init__(kind, str(detail))
+        self.kind, self.detail = self.args
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+class Raw(NamedTuple):
+    """A sample as a source holds it. `targets` has one class per attribute."""
+
+    image: Image.Image | bytes | Path | None
+    caption: str | bytes | Path | None
+    targets: tuple[int, ...] = ()
+    question: str | None = None  # what the caption answers, if it is an answer
+
+
+class Sample(NamedTuple):
+    """A sample as tensors are made of it."""
+
+    image: Tensor | None  # uint8 [3, S, S]
+    labels: list[int]  # the set of the caption's token ids
+    targets: tuple[int, ...]
+    reads: dict[str, list[int]] = {}  # what else the objective reads
+
+
+def read_part(part, what: str):
+    """The image or caption of a Raw, its file's bytes for a Path; raises BadSample if missing."""
+    try:
+        part = part.read_bytes() if isinstance(part, Path) else part
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+        raise BadSample(f"missing {what}", getattr(error, "strerror", error)) from None
+    if part is None:
+        raise BadSample(f"missing {what}")
+    return part
+
+
+def read_caption(caption: str | bytes | Path | None) -> str:
+    """The text of a caption; raises BadSample if there is none."""
+    caption = read_part(caption, "caption")
+    try:
+        if isinstance(caption, bytes):
+            caption = caption.decode("utf-8-sig")  # some editors begin a file with a mark
+        caption.encode("utf-8")  # a table's text has surrogates in place of bad bytes
+    except UnicodeError:
+        raise BadSample("unusable caption", "not UTF-8") from None
+    if not caption.strip():
+        raise BadSample("unusable caption", "empty")
+    return caption
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources.
+
+
+class Start(NamedTuple):
+    """Where a training stream starts."""
+
+    samples: int = 0  # the samples that the whole run has seen
+    lanes: int = 1  # the number of lanes, if the source has some, a property of the run
+    places: dict[int, tuple[int, int, int]] = {}  # lane -> where it goes on
+
+
+class Source:
+    """Samples for training and evaluation. `attributes` is {attribute: [names of each class]}.
+
+    Each kind of source defines:
+        stream: the samples, good and bad, at the positions reader, reader + readers, ... of an
+            endless stream, whose order depends only on the seed. Yields (Sample or BadSample,
+            None), or, with lanes, (..., (lane, from where the lane goes on)).
+        once: one reader's blocks of a single pass, as lists of (place, Raw or BadSample). What all
+            readers have together does not depend on their number.
+        raw: the sample at a place.
+    """
+
+    attributes: dict[str, list[list[str]]] = {}
+    most_lanes = 0  # more lanes than this share some of the data; 0: no lanes, one order for all
+    has_splits = False  # whether "val" is other data than "train"
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """The questions and captions of the first `limit` samples, to learn a tokenizer."""
+        samples = itertools.chain.from_iterable(self.once(0, 1, 1, None))
+        for _, raw in itertools.islice(samples, limit):
+            with contextlib.suppress(BadSample):
+                caption = read_caption(getattr(raw, "caption", None))  # a BadSample has none
+                yield f"{raw.question} {caption}" if raw.question else caption
+
+
+class Pairs(Source):
+    """A source of known length. Subclasses give `__len__` and `raw(i)`, a Raw or a BadSample."""
+
+    def __str__(self) -> str:
+        return f"{len(self):,} pairs"
+
+    def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
+        """Position p holds sample p mod N of pass p div N; each pass has its own order.
+
+        A bad sample is followed by another for the same position, drawn from the seed and p.
+        """
+        N, current = len(self), -1
+        for p in itertools.count(start.samples + (reader - start.samples) % readers, readers):
+            if p // N != current:
+                current = p // N
+                order = np.random.default_rng((seed, current)).permutation(N)
+            i = int(order[p % N])
+            for attempt in itertools.count(1):
+                item = prepare(self.raw(i), (p, attempt))
+                yield item, None
+                if isinstance(item, Sample):
+                    break
+                i = int(np.random.default_rng((seed, p, attempt)).integers(N))
+
+    def once(self, reader: int, readers: int, block: int, limit: int | None):
+        """Readers take turns. A limit takes evenly spaced samples: of all classes, if sorted."""
+        n = min(limit or len(self), len(self))
+        for first in range(reader * block, n, readers * block):
+            chosen = (j * len(self) // n for j in range(first, min(first + block, n)))
+            yield [(i, self.raw(i)) for i in chosen]
+
+
+def number_classes(names: list[list[str]]) -> dict[str | None, int]:
+    """The class of each label: its names, and its number from 0; -1 without a label."""
+    numbers = {None: -1} | {str(c): c for c in range(len(names))}
+    for c, aliases in enumerate(names):
+        numbers |= {name.replace("_", " "): c for name in aliases}
+    return numbers
+
+
+class Files(Pairs):
+    """Images on disk, from rows of (image path, caption or its path, label, question) or None."""
+
+    def __init__(self, rows: list[tuple | None], names: list[list[str]] | None):
+        labels = {row[2] for row in rows if row} - {None}
+        names = names or [[label] for label in sorted(labels)]  # by default each label is a class
+        self.rows, self.numbers = rows, number_classes(names)
+        self.attributes = {"class": names} if labels else {}
+        if unknown := sorted(labels - self.numbers.keys()):
+            raise UserError(f"label '{unknown[0]}' is not one of the {len(names)} of --class-names")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def raw(self, i: int) -> Raw | BadSample:
+        if self.rows[i] is None:
+            return BadSample("unreadable row", f"number {i + 1}")
+        image, caption, label, question = self.rows[i]
+        return Raw(image, caption, (self.numbers[label],) * len(self.attributes), question)
+
+
+def open_folder(root: Path, names: list[list[str]] | None) -> Files:
+    """All images below a folder; a subfolder's name is the class of its images.
+
+    With `names`, folders of other names have no class: they may just sort the files.
+    """
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    images = [path for path in files if path.suffix.lower() in IMAGE_TYPES]
+    if not images:
+        kinds = Counter(path.suffix or "no extension" for path in files)
+        found = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)) or "no file at all"
+        raise UserError(f"{root} holds no image ({', '.join(IMAGE_TYPES)}); found: {found}")
+    rows, known = [], number_classes(names) if names else None
+    for path in images:
+        label = path.parent.name.replace("_", " ") if path.parent != root else None
+        label = label if known is None or label in known else None
+        rows.append((path, texts.get(path.with_suffix("")), label, None))
+    alone = sorted(texts.keys() - {path.with_suffix("") for path in images})
+    return Files(rows + [(None, texts[stem], None, None) for stem in alone], names)
+
+
+def read_class_names(path: str) -> list[list[str]]:
+    """The file of --class-names: one class a line, its names separated by commas."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--class-names {path} cannot be read: {error}") from None
+    names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
+    if not names or not all(names):
+        raise UserError(f"--class-names {path} must name a class on every line")
+    return names
+
+
+def load_source(
+    spec: str, split: str = "train", root: str = "data", class_names: str | None = None
+) -> Source:
+    """Open what --data names.
+
+    Args:
+        spec: a folder of images, or NAME or NAME:ARG of the shelf, where types of files, such as
+            .csv and .tar, have names, too.
+        split: "train" or "val"; only sources with `has_splits` tell them apart.
+        root: where torchvision keeps its data sets.
+        class_names: a file with the names of the classes, for sources that do not bring them.
+    Raises:
+        UserError: if there is no such source, or it holds nothing of its kind.
+    """
+    path, (name, _, arg), known = Path(spec), spec.partition(":"), TABLE["data"].keys()
+    of_classes = read_class_names(class_names) if class_names else None
+    if name not in known:  # a file of a type on the shelf, or a folder that holds some
+        inside = (
+            {f"*{p.suffix.lower()}" for p in path.iterdir()} if path.is_dir() else {path.suffix}
+        )
+        if not inside & known and path.is_dir():
+            return open_folder(path, of_classes)
+        if inside & known and inside & {f"*{kind}" for kind in IMAGE_TYPES}:
+            raise UserError(f"{path} holds both shards and images: give each its own folder")
+        name, arg = next(((ending, spec) for ending in inside & known), (name, arg))
+    try:
+        return find("data", name)(arg, split, root, of_classes)
+    except (LookupError, FileNotFoundError):
+        raise UserError(
+            f"no source '{spec}': use {names('data')}, or a folder, table or .tar shards that exist"
+        ) from None
+
 
 # ------------------------------------------------------------------------------------------------
 # Images become tensors.
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # such an image is a bad sample
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in 0 to 1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -121,6 +410,11 @@ class CenterCrop:
         return resized_crop(image, (left, top, left + side, top + side), self.size)
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, S, S]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def normalize(images: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 with CLIP's mean and deviation, on the images' device."""
     mean, std = statistics(images.device)
@@ -144,32 +438,34 @@ class Prepare:
         view: maps a PIL image to an S x S one, such as `Augment`.
         tokenizer: for the captions; None leaves them out.
         seed: of the augmentation, together with the sample's key.
-        drop_stopwords: leave function words out of the captions (Table 7).
+        reads: what an objective reads besides labels: "tokens", the caption's ids in order, and
+            "questions".
     """
 
-    def __init__(self, view: Callable, tokenizer=None, seed: int = 0, drop_stopwords: bool = False):
-        self.view, self.tokenizer, self.seed = view, tokenizer, seed
-        self.drop_stopwords = drop_stopwords
+    def __init__(self, view: Callable, tokenizer=None, seed: int = 0, reads: tuple[str, ...] = ()):
+        self.view, self.tokenizer, self.seed, self.reads = view, tokenizer, seed, reads
 
     def __call__(self, raw: Raw | BadSample, key: tuple[int, ...] = ()) -> Sample | BadSample:
         if isinstance(raw, BadSample):
             return raw
         try:
-            tokens = self.encode(read_caption(raw.caption)) if self.tokenizer else []
+            caption = read_caption(raw.caption) if self.tokenizer else ""
+            labels = self.encode(caption_labels, caption)
             # Nothing else draws from the process's own generator while a view is made.
             torch.default_generator.manual_seed(seed_of(self.seed, *key))
-            image = torch.from_numpy(np.array(self.view(open_image(raw.image)))).permute(2, 0, 1)
-            question = self.encode(raw.question) if self.tokenizer and raw.question else []
-            return Sample(image, tokens, question, raw.targets)
+            image = to_tensor(self.view(open_image(raw.image)))
+            texts = {"tokens": caption, "questions": raw.question}
+            reads = {name: self.encode(caption_tokens, texts[name]) for name in self.reads}
+            return Sample(image, labels, raw.targets, reads)
         except BadSample as bad:
-            file = next((str(part) for part in raw[:2] if isinstance(part, Path)), "")
-            return BadSample(bad.kind, f"{file} {bad.detail}".strip())
+            files = (str(part) for part in (raw.image, raw.caption) if isinstance(part, Path))
+            return BadSample(bad.kind, f"{next(files, '')} {bad.detail}".strip())
 
-    def encode(self, text: str) -> list[int]:
-        tokens = caption_tokens(text, self.tokenizer, without_stopwords=self.drop_stopwords)
-        if not tokens:
+    def encode(self, function: Callable, text: str | None) -> list[int]:
+        ids = function(text, self.tokenizer) if text else []
+        if text and not ids:
             raise BadSample("unusable caption", f"no known token in {text[:60]!r}")
-        return tokens
+        return ids
 
 
 def seed_of(*numbers: int) -> int:
@@ -186,17 +482,20 @@ class Batch(NamedTuple):
 
     images: Tensor  # uint8 [B, 3, S, S]
     labels: Tensor  # int64 [B, K]: each row the set of its caption's token ids, padded with -1
-    tokens: Tensor  # int64 [B, K']: the same ids in the caption's order
-    questions: Tensor  # int64 [B, Q]
     targets: Tensor  # int64 [B, A]
+    reads: dict[str, Tensor]  # what else the objective reads: int64 [B, ...], padded with -1
     places: list  # of the samples: positions in a training stream, or places in a source
     bad: list[BadSample]  # skipped
-    lanes: dict[int, tuple[int, int, int]]  # of shards: where each lane goes on after this batch
+    lanes: dict[int, tuple[int, int, int]]  # where each lane goes on after this batch
 
     def split(self, size: int) -> list["Batch"]:
         """The same samples in batches of `size`."""
-        parts = zip(*(tensor.split(size) for tensor in self[:5]), strict=True)
-        return [Batch(*tensors, [], [], {}) for tensors in parts]
+        tensors = self.images, self.labels, self.targets, *self.reads.values()
+        parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+        return [
+            Batch(images, labels, targets, dict(zip(self.reads, reads, strict=True)), [], [], {})
+            for images, labels, targets, *reads in parts
+        ]
 
 
 class Piece:
@@ -205,7 +504,7 @@ class Piece:
     def __init__(self, samples: list[Sample], places: list, bad: list[BadSample], lanes: dict):
         images = [sample.image for sample in samples]
         self.images = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
-        if get_worker_info():  # torch would share them in a thread whose errors nobody sees
+        if get_worker_info():  # here, because torch would hide a failure and hang
             try:
                 self.images.share_memory_()
             except RuntimeError as error:
@@ -236,11 +535,12 @@ class TrainStream(IterableDataset):
                 mine = [q for q in range(first, first + micro_batch) if q % workers == worker]
                 good, bad, lanes, in_a_row = [], [], {}, 0
                 while len(good) < len(mine):
-                    item, place = next(stream)
+                    item, lane = next(stream)
                     is_good = isinstance(item, Sample)
                     (good if is_good else bad).append(item)
                     in_a_row = 0 if is_good else in_a_row + 1
-                    lanes |= [place] if place else []
+                    if lane:
+                        number, lanes[number] = lane[0], lane[1]
                     if in_a_row == 1000:
                         found = "; ".join({s.kind: str(s) for s in bad[-1000:]}.values())
                         raise UserError(f"not one of 1000 samples in a row can be used: {found}")
@@ -267,65 +567,40 @@ class OnePass(IterableDataset):
             yield error
 
 
-def batches(
-    dataset: IterableDataset,
-    workers: int,
-    device: torch.device,
-    micro_batches: int = 0,
-    reads: tuple[str, ...] = (),
-) -> Iterator[Batch]:
-    """The batches of a dataset; raises the UserErrors that its workers send.
+def worker_id() -> tuple[int, int]:
+    """This worker's number, and the number of workers."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
 
-    Images, labels and the fields `reads` are on the device, others on the CPU. With
-    `micro_batches`, the pieces that all workers made of so many are one batch: a process's share
-    of a global batch.
+
+def batches(
+    dataset: IterableDataset, workers: int, device: torch.device, micro_batches: int = 0
+) -> Iterator[Batch]:
+    """The batches of a dataset, on the device; raises the UserErrors that its workers send.
+
+    With `micro_batches`, the pieces that all workers made of so many are one batch: a process's
+    share of a global batch. Otherwise each piece is one.
     """
-    # Loaders that Python 3.14 starts by default would outlive a process that is killed.
+    # A loader must be a child of this process to end with it; Python 3.14 starts them elsewhere.
     method = "fork" if workers and sys.platform == "linux" else None
     options = {"worker_init_fn": init_worker, "multiprocessing_context": method}
     pieces = iter(DataLoader(dataset, None, num_workers=workers, **options))
-    try:
-        while True:
-            some = []
-            with watch_loaders(workers):
-                for piece in itertools.islice(pieces, micro_batches * max(1, workers) or 1):
-                    if isinstance(piece, UserError):
-                        raise piece
-                    if workers and micro_batches > 1:  # open files, of all these
-                        piece.images = piece.images.clone()
-                    some.append(piece)
-            if not some:
-                return
-            yield join(some, device, reads)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # A connection breaks if the process dies while it hands its images over.
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
-            raise
-        died = f"a DataLoader worker died ({str(error).partition(chr(10))[0]})"
-        raise UserError(f"{died}: if memory ran out, use fewer --workers") from None
+
+    def received() -> Iterator[Piece]:
+        for piece in pieces:
+            if isinstance(piece, UserError):
+                raise piece
+            if workers and micro_batches > 1:  # shared memory is an open file, of which few may be
+                piece.images = piece.images.clone()
+            yield piece
+
+    stream = received()
+    while some := list(itertools.islice(stream, max(1, micro_batches * max(1, workers)))):
+        yield join(some, device)
 
 
-@contextlib.contextmanager
-def watch_loaders(workers: int):
-    """Raise torch's RuntimeError at once if a loader dies; outside, only at the next time.
-
-    Its own handler would raise anywhere, also while a checkpoint is saved. Without any, half of a
-    message would be waited for, for ever.
-    """
-    check = torch._C._error_if_any_worker_fails
-    if not workers or sys.platform == "win32":  # where there is no such signal
-        yield
-        return
-    try:
-        signal.signal(signal.SIGCHLD, lambda *_: check())
-        check()
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def join(pieces: list[Piece], device: torch.device, reads: tuple[str, ...] = ()) -> Batch:
-    """Pieces as one batch, in the order of the samples' places; see `batches`."""
+def join(pieces: list[Piece], device: torch.device) -> Batch:
+    """Pieces as one batch, in the order of the samples' places."""
     places = [place for piece in pieces for place in piece.places]
     order = sorted(range(len(places)), key=places.__getitem__)
     samples = [sample for piece in pieces for sample in piece.samples]
@@ -333,56 +608,55 @@ def join(pieces: list[Piece], device: torch.device, reads: tuple[str, ...] = ())
     # numpy, because torch would wait for threads that the loaders keep busy.
     images = [piece.images.numpy() for piece in pieces if piece.samples] or [pieces[0].images]
     images = torch.from_numpy(np.concatenate(images)[order])
-    labels = pad([sorted(set(sample.tokens)) for sample in samples], side="left")
-    columns = [pad([sample[i] for sample in samples]) for i in (1, 2, 3)]  # tokens to targets
-    tensors = dict(zip(Batch._fields, (images, labels, *columns), strict=False))
-    for name in ("images", "labels", *reads):  # a GPU copies pinned memory while the CPU goes on
+    # A set has no order, so its padding may stand anywhere; on the left it keeps the last bits of
+    # the sums that runs so far were made of.
+    labels = pad([sample.labels for sample in samples], left=True)
+    targets = pad([sample.targets for sample in samples])
+    reads = {n: pad([s.reads[n] for s in samples]) for n in (samples[0].reads if samples else ())}
+
+    def move(x: Tensor) -> Tensor:
+        """A GPU copies pinned memory while the CPU goes on."""
         is_pinned = device.type == "cuda"
-        x = tensors[name].pin_memory() if is_pinned else tensors[name]
-        tensors[name] = x.to(device, non_blocking=is_pinned)
+        return (x.pin_memory() if is_pinned else x).to(device, non_blocking=is_pinned)
+
+    images, labels, targets = move(images), move(labels), move(targets)
+    reads = {name: move(x) for name, x in reads.items()}
     lanes = {lane: place for piece in pieces for lane, place in piece.lanes.items()}
     bad = [sample for piece in pieces for sample in piece.bad]
-    return Batch(**tensors, places=[places[i] for i in order], bad=bad, lanes=lanes)
+    return Batch(images, labels, targets, reads, [places[i] for i in order], bad, lanes)
 
 
-def pad(rows: list[list[int]], side: str = "right") -> Tensor:
+def pad(rows: list[list[int]], left: bool = False) -> Tensor:
     """Lists of token ids -> int64 [B, K], padded with -1."""
     longest = max(map(len, rows), default=0)
     ids = np.full((len(rows), longest), -1)  # one tensor per row would take ten times as long
     for i, row in enumerate(rows):
-        first = longest - len(row) if side == "left" else 0
+        first = longest - len(row) if left else 0
         ids[i, first : first + len(row)] = row
     return torch.from_numpy(ids)
 
 
 def init_worker(worker: int):
-    """Leave signals to the main process, which finishes its step and saves, but do not outlive it.
-
-    torch looks for the main process, too, but then waits until what was made is read.
-    """
+    """Leave signals to the main process, which finishes its step and saves; and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere torch's own watch ends a loader that is not sending
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-    def follow(parent: int):
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
 
-    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+def forget_loaders():
+    """Let no other loader's end interrupt what comes now."""
+    if hasattr(signal, "SIGCHLD"):  # for which torch has a handler that raises; not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @atexit.register
 def kill_loaders():
-    """Python's own end would send them SIGTERM and wait for ever."""
+    """Python's own end would send them SIGTERM, which they ignore, and wait for ever."""
+    forget_loaders()
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-def worker_id() -> tuple[int, int]:
-    """This worker's number, and the number of workers."""
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 1)
 
 
 def describe(skipped: Counter) -> str:
@@ -396,3 +670,64 @@ def refuse_if_bad(good: int, skipped: Counter, enough: int = 0):
     if good + bad >= enough and bad > (good + bad) / 10:
         found = f"{bad} of {good + bad} samples cannot be used, more than a tenth"
         raise UserError(f"{found}: {describe(skipped)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# What the three commands share.
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """Report a mistake of the user in one sentence, with exit status 2 and without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # torch raises the first when a loader dies, wherever the main process is at that time.
+        # A connection breaks if the loader dies while it hands its images over.
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        forget_loaders()
+        died = f"a DataLoader worker died ({str(error).partition(chr(10))[0]})"
+        message = f"{died}: if memory ran out, use fewer --workers"
+    else:
+        return
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line below the progress bar
+    sys.exit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable:
+    """The type of a flag that takes an int or a float from low to high."""
+
+    def numeric(text: str) -> float:  # argparse's message has this name: "invalid numeric value"
+        value = kind(text)
+        if not low <= value <= high:
+            allowed = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
+        return value
+
+    return numeric
+
+
+def add_data_flags(add: Callable):
+    """Flags that describe a source and how training sees it."""
+    add("--data-root", default="data", help="where torchvision keeps its data sets")
+    add("--class-names", help="file with one class a line, several names separated by commas")
+    add("--tokenizer", default="bpe:512", help=f"{names('tokenizer')}, or a file")
+    add("--image-size", type=number(int, 1), default=32, help="pixels")
+    add("--min-scale", type=number(float, 0, 1), default=0.9, help="smallest area of a random crop")
+    add("--flip", action="store_true", help="mirror half of the images")
+    add("--color-jitter", type=number(float, 0, 1), default=0.0, help="strength; the paper: 0.32")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0)
+
+
+def main(argv: list[str] | None = None):
+    with one_sentence():
+        find("task", "look")(argv)
+
+
+if __name__ == "__main__":
+    import data  # plug-ins import this module by its name
+
+    data.main()

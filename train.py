@@ -1,10 +1,10 @@
-"""Pretrain a vision encoder with SuperClass, or with what it is compared to: one loop for all.
+"""Pretrain a vision encoder: one loop for the toy and the cluster, for SuperClass and its rivals.
 
     python train.py                                     drawn shapes, two CPU cores, a few minutes
     torchrun --standalone --nproc_per_node=8 train.py --data ... --model B/16 --image-size 224
 
-A run lives in its folder, --out; `run.py` lists what it holds. `python train.py --out RUN --resume`
-continues a run exactly where it stopped.
+A run lives in its folder, --out; `eval.py` lists what it holds. `python train.py --out RUN
+--resume` continues a run exactly where it stopped.
 """
 
 import argparse
@@ -27,39 +27,27 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import caption
 import data
-import run
-import sources
-from baselines import LOSSES, contrastive_loss, supervised_loss
-from data import Batch, normalize
-from eval import measure, report
-from run import UserError, number
-from superclass import IDF, superclass_loss
-from tokenizer import load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_config
+import eval as evaluation
+from data import Batch, UserError, load_tokenizer, normalize, number, read_tokenizer, save_tokenizer
+from plugins import names
+from superclass import IDF, Objective, ViT
 
 CLIP_GRAD = 1.0  # the largest norm of the gradient
-# What objectives read besides images and labels; all but the targets go through the model.
-READS = dict.fromkeys(("clip", "lit", "superclip"), ("tokens",))
-READS |= {"caption": ("tokens", "questions"), "supervised": ("targets",)}
 PROBE_IMAGES = 10_000  # training images for the probe before and after training; eval.py takes all
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
-    objectives = ("superclass", "clip", "superclip", "lit", "caption", "supervised")
-    add("--data", default="shapes", help="a built-in source, a folder, a table or .tar shards")
-    add("--val-data", help="source to evaluate on; built-in sources have their own split")
-    run.add_data_flags(add)
-    add("--objective", default="superclass", choices=objectives, help="what is learned")
-    add("--loss", default="softmax", choices=("softmax", *LOSSES), help="SuperClass's loss")
-    add("--no-idf", action="store_true", help="softmax: weight all tokens of a caption equally")
-    model = "SIZE/PATCH, as B/16; resnet50 (varies with the split), convnext_tiny"
-    add("--model", default="XS/8", help=model)
+    add("--data", default="shapes", help=f"{names('data')}, a folder, a table or .tar shards")
+    add("--val-data", help="source to evaluate on; some sources have a split of their own")
+    data.add_data_flags(add)
+    add("--objective", default="superclass", help=f"what is learned: {names('objective')}")
+    add("--loss", default="softmax", help=f"SuperClass's loss: {names('loss')}")
+    add("--no-idf", action="store_true", help="weight all tokens of a caption equally")
+    add("--model", default="XS/8", help=f"{names('model')}; B/16 is the paper's")
     add("--init", help="start from a run's encoder (and head), or from a file with timm's names")
-    add("--lm", help="caption: the weights of a published GPT-2, which stays frozen")
-    add("--prefix", default="patches", choices=("patches", "pooled"), help="caption: what is read")
     add("--samples", type=count, default=76_800, help="images seen in the whole run")
     add("--batch-size", type=count, default=128, help="global: over processes and micro-batches")
     add("--micro-batch", type=count, help="images in one forward pass; default: a process's share")
@@ -85,14 +73,15 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     """Train the run in config.out to its end, or until the first signal."""
     say = print if rank == 0 else lambda *_: None
     tokenizer = read_tokenizer(config.out / "tokenizer.tiktoken", vars(config))
-    train_source, val_source = run.open_sources(config)
+    train_source, val_source = evaluation.open_sources(config)
     if str(train_source) != config.source:
         raise UserError(f"{config.data} has changed: it was {config.source}, now {train_source}")
-    B, (micro_batch, accumulation) = config.batch_size, split_batch(config, world)
+    objective, B = evaluation.open_objective(config), config.batch_size
+    micro_batch, accumulation = split_batch(config, objective, world)
     steps = math.ceil(config.samples / B)
 
     torch.manual_seed(config.seed)  # the same weights on every process
-    model, idf = run.build_model(config), IDF(config.vocab_size).to(device)
+    model, idf = evaluation.build_model(objective, config), IDF(config.vocab_size).to(device)
     if world > 1 and device.type == "cuda":  # torch has this for GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
@@ -100,36 +89,35 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     dtype = getattr(torch, config.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = Progress(config, rank, world, device)
-    parts = {"model": model, "idf": idf, "optimizer": optimizer, "scaler": scaler}
-    parts["progress"] = progress
-    load(parts, config, say)
+    state = {"model": model, "idf": idf, "optimizer": optimizer, "scaler": scaler}
+    state["progress"] = progress
+    load(state, objective, config, say)
     start = progress.step
-    if progress.total(start) != start * world:
+    if progress.total(start) != start * world:  # each process read the checkpoint by itself
         raise UserError(f"processes see different checkpoints: {config.out} must be shared storage")
 
     forward = torch.compile(model) if config.compile else model
     if world > 1:
-        # Gradients as views of DDP's buckets would move after a process's first step, and on a GPU
-        # the last bit of their norm depends on where they start.
+        # Not with gradient_as_bucket_view=True: after a resumed process's first step such gradients
+        # lie elsewhere in memory, and on a GPU the last bit of their norm depends on that.
         forward = DistributedDataParallel(forward)
     view = data.Augment(config.image_size, config.min_scale, config.flip, config.color_jitter)
-    encode = None if config.objective == "supervised" else tokenizer  # that needs no captions
-    prepare = data.Prepare(view, encode, config.seed, config.drop_stopwords)
-    place = sources.Start(start * B, config.lanes or 1, progress.lanes)
-    stream = data.TrainStream(train_source, prepare, config.seed, micro_batch, rank, world, place)
-    reads = READS.get(config.objective, ())
-    stream = data.batches(stream, config.workers, device, accumulation, reads)
+    encode = tokenizer if objective.captions else None
+    prepare = data.Prepare(view, encode, config.seed, objective.reads)
+    begin = data.Start(start * B, config.lanes or 1, progress.lanes)
+    stream = data.TrainStream(train_source, prepare, config.seed, micro_batch, rank, world, begin)
+    stream = data.batches(stream, config.workers, device, accumulation)
     say(
         f"data    {config.data}: {train_source}; {config.tokenizer}, {config.vocab_size:,} tokens\n"
         f"model   {config.model}, {config.image_size} px, {config.objective} on {device}\n"
         f"run     {steps:,} steps x {B:,} = {steps * B:,} images; a batch is {world} processes x "
         f"{accumulation} micro-batches x {micro_batch:,}"
     )
-    trained = run.Run(config.out, config, tokenizer, model, idf, start)
+    run = evaluation.Run(config.out, config, objective, tokenizer, model, idf, start)
     if start == 0:
-        save(parts, config, rank, world)
+        save(state, config, rank, world)
         if not config.no_first_eval:
-            evaluate(trained, train_source, val_source, rank)
+            evaluate(run, train_source, val_source, rank)
 
     model.train()
     bar = tqdm(total=steps * B, initial=start * B, unit="img", unit_scale=True, disable=rank > 0)
@@ -143,20 +131,16 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
             batch = progress.wait_for(stream)  # this process's share of the global batch
             idf.update(batch.labels)  # count all of the global batch before any of it is weighted
             weights = torch.ones_like(idf.weights()) if config.no_idf else idf.weights()
-            torch.manual_seed(data.seed_of(config.seed, step, rank))  # of dropout and the like
+            # Dropout and the like must not depend on what this process drew before a kill.
+            torch.manual_seed(data.seed_of(config.seed, step, rank))
 
             loss = 0.0
             for i, part in enumerate(batch.split(micro_batch)):
                 last = i == accumulation - 1  # gradients are exchanged once a step
-                texts = [getattr(part, name) for name in reads if name != "targets"]
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        outputs = forward(normalize(part.images), *texts)
-                    if config.objective == "superclass" and config.loss == "softmax":
-                        part_loss = superclass_loss(outputs, part.labels, weights)
-                    else:
-                        part_loss = other_loss(config, outputs, part, weights)
-                    part_loss = part_loss / accumulation
+                        outputs = forward(normalize(part.images), **part.reads)
+                    part_loss = objective.loss(outputs, part, weights) / accumulation
                     scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()
 
@@ -168,15 +152,16 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
 
             progress.add(loss, batch)
             bar.update(B)
-            ending = progress.total(len(caught)) > 0 or progress.step == steps  # on all processes
-            log = progress.step % config.log_every == 0 or progress.step == steps
-            due = progress.step % config.save_every == 0 or ending
-            if log or due:
+            # A signal may reach one process only, but all must stop after the same step.
+            ending = progress.total(len(caught)) > 0 or progress.step == steps
+            log_due = progress.step % config.log_every == 0 or progress.step == steps
+            save_due = progress.step % config.save_every == 0 or ending
+            if log_due or save_due:
                 progress.settle(norm, steps)
-            if log:
+            if log_due:
                 bar.set_postfix_str(progress.log(lr, norm))
-            if due:
-                save(parts, config, rank, world)
+            if save_due:
+                save(state, config, rank, world)
             if ending:
                 break
 
@@ -186,7 +171,7 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
         again = f"python train.py --out {config.out} --resume"
         say(f"stopped after step {progress.step} of {steps}; continue with: {again}")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
-    evaluate(trained._replace(step=steps), train_source, val_source, rank)
+    evaluate(run._replace(step=steps), train_source, val_source, rank)
     if progress.skipped:
         say(f"skipped beside {steps * B:,} good samples: {data.describe(progress.skipped)}")
     say(f"the run is in {config.out}")
@@ -201,20 +186,6 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def other_loss(config: argparse.Namespace, outputs, part: Batch, weights: Tensor) -> Tensor:
-    """The loss of a micro-batch for all but SuperClass's own."""
-    if config.objective == "superclass":
-        return LOSSES[config.loss](outputs, part.labels)
-    if config.objective == "supervised":
-        return supervised_loss(outputs, part.targets, list(map(len, config.classes.values())))
-    if config.objective == "caption":
-        return caption.caption_loss(outputs, part.tokens)
-    if config.objective == "superclip":
-        contrast, logits = outputs
-        return contrastive_loss(*contrast) + superclass_loss(logits, part.labels, weights)
-    return contrastive_loss(*outputs)
 
 
 def make_optimizer(model: nn.Module, config: argparse.Namespace, say) -> torch.optim.AdamW:
@@ -253,9 +224,9 @@ class Progress:
         self.step, self.losses, self.lanes = state["step"], state["losses"], state["lanes"]
         self.skipped, self.logged = Counter(state["skipped"]), self.step
         path = self.config.out / "metrics.jsonl"
-        kept = [line for line in run.read_jsonl(path) if line["step"] <= self.step]
+        kept = [line for line in evaluation.read_jsonl(path) if line["step"] <= self.step]
         if self.rank == 0:
-            run.publish("".join(json.dumps(line) + "\n" for line in kept), path)
+            evaluation.publish("".join(json.dumps(line) + "\n" for line in kept), path)
 
     def wait_for(self, stream: Iterator[Batch]) -> Batch:
         """The next batch, and the seconds that it took."""
@@ -303,9 +274,9 @@ class Progress:
         line |= {"grad_norm": norm.item() if norm.isfinite() else None}
         line |= {"skipped": self.skipped.total(), "images_per_s": B * steps / seconds}
         line |= {"step_s": seconds / steps, "data_s": self.waited / steps}
-        line |= {"peak_mb": run.peak_memory(self.device)}
+        line |= {"peak_mb": peak_memory(self.device)}
         if self.rank == 0:
-            run.append_jsonl(self.config.out / "metrics.jsonl", [line])
+            evaluation.append_jsonl(self.config.out / "metrics.jsonl", [line])
         text = f"loss {loss:.3f}, lr {lr:.1e}, data {self.waited / seconds:.0%}"
         self.losses, self.logged, self.since, self.waited = [], self.step, now, 0.0
         return text
@@ -317,51 +288,88 @@ class Progress:
         return int(number)
 
 
-def load(parts: dict, config: argparse.Namespace, say):
-    """Restore all parts from the run's checkpoint, or start from the weights of --init and --lm."""
+def load(state: dict, objective: Objective, config: argparse.Namespace, say):
+    """Restore all parts of a run from its checkpoint, or start from pretrained weights."""
     if not (config.out / "checkpoint.pt").exists():
-        return load_pretrained(parts["model"], config, say)
-    state = run.read_checkpoint(config)
-    if not parts.keys() <= state.keys():
+        return load_pretrained(state["model"], objective, config, say)
+    saved = evaluation.read_checkpoint(config)
+    if not state.keys() <= saved.keys():
         raise UserError(f"{config.out} holds no optimizer's state to go on with: use it as --init")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    say(f"resuming {config.out} at step {parts['progress'].step}")
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    say(f"resuming {config.out} at step {state['progress'].step}")
 
 
-def load_pretrained(model: nn.Module, config: argparse.Namespace, say):
+def load_pretrained(model: nn.Module, objective: Objective, config: argparse.Namespace, say):
     if config.init:
-        run.init_encoder(model.encoder, Path(config.init), say)
-        run.init_head(model, Path(config.init), config, say)
-    if config.lm:
-        model.language_model.load_state_dict(caption.load_gpt2(config.lm).state_dict())
+        init_encoder(model.encoder, Path(config.init), say)
+        init_head(model, objective, config, say)
+    objective.load_pretrained(model, config)
 
 
-def save(parts: dict, config: argparse.Namespace, rank: int, world: int):
+def init_encoder(encoder: nn.Module, path: Path, say=print):
+    """Load the encoder of a run's folder, or a state dict with timm's names, into `encoder`.
+
+    Positions for another image size are interpolated. Raises UserError if anything else differs.
+    """
+    state = evaluation.read_weights(path / "encoder.pt" if path.is_dir() else path)
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--init {path} is not an encoder: it must hold nothing but named tensors")
+    if isinstance(encoder, ViT) and "pos_embed" in state:
+        new = encoder.image_size // encoder.patch_size
+        old = math.isqrt(state["pos_embed"].numel() // encoder.width)
+        if old != new and state["pos_embed"].shape == (1, old * old, encoder.width):
+            # [1, N, D] -> [1, D, n, n], an image with D channels, to the new size and back.
+            grid = state["pos_embed"].float().transpose(1, 2).unflatten(2, (old, old))
+            options = {"mode": "bicubic", "antialias": True, "align_corners": False}
+            grid = nn.functional.interpolate(grid, (new, new), **options)
+            state["pos_embed"] = grid.flatten(2).transpose(1, 2)
+            say(f"init    positions of {path} interpolated from {old} x {old} to {new} x {new}")
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:  # it lists the keys
+        reason = " ".join(str(error).split())
+        raise UserError(f"--init {path} does not fit: {reason:.1000}") from None
+
+
+def init_head(model: nn.Module, objective: Objective, config: argparse.Namespace, say=print):
+    """Go on with the head of the run in --init, too, if both runs classify into the same tokens."""
+    theirs, ours = Path(config.init) / "tokenizer.tiktoken", config.out / "tokenizer.tiktoken"
+    if not (theirs.exists() and ours.exists()) or theirs.read_bytes() != ours.read_bytes():
+        return
+    first = evaluation.load_run(config.init)
+    if first.objective.has_words and objective.has_words:
+        model.norm.load_state_dict(first.model.norm.state_dict())
+        model.head.load_state_dict(first.model.head.state_dict())
+        say(f"init    the head of {config.init} too: the tokens are the same")
+
+
+def save(state: dict, config: argparse.Namespace, rank: int, world: int):
     """Publish the encoder alone, then a checkpoint of all parts, which is never the newer one."""
     if rank == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        run.publish(parts["model"].encoder.state_dict(), config.out / "encoder.pt")
-        run.publish(state | {"fingerprint": run.fingerprint(config)}, config.out / "checkpoint.pt")
+        saved = {name: part.state_dict() for name, part in state.items()}
+        saved["fingerprint"] = evaluation.fingerprint(config)
+        evaluation.publish(state["model"].encoder.state_dict(), config.out / "encoder.pt")
+        evaluation.publish(saved, config.out / "checkpoint.pt")
     if world > 1:
         dist.barrier()  # no process may exit while rank 0 is still writing
 
 
-def evaluate(trained: run.Run, train_source, val_source, rank: int):
+def evaluate(run: evaluation.Run, train_source, val_source, rank: int):
     """Score a run on rank 0, unless eval.jsonl already has the scores of this step."""
-    scored = any(row["step"] == trained.step for row in run.own_rows(trained.folder))
+    scored = any(row["step"] == run.step for row in evaluation.own_rows(run.folder))
     if rank or scored or not val_source:
         return
-    tasks = ["caption"] if trained.config.objective == "caption" else ["zeroshot"]
-    if tasks == ["zeroshot"] and train_source.attributes == val_source.attributes:
-        tasks += ["probe", "fewshot"]
-    limit = PROBE_IMAGES if len(tasks) > 1 else None
-    options = {"limit": limit, "workers": trained.config.workers}
+    tasks, fitted = list(run.objective.tasks), ("probe", "fewshot")
+    if train_source.attributes != val_source.attributes:
+        tasks = [task for task in tasks if task not in fitted]
+    limit = PROBE_IMAGES if set(tasks) & set(fitted) else None
+    options = {"limit": limit, "workers": run.config.workers}
     try:
-        rows = measure(tasks, trained, train_source, val_source, **options)
-        print(f"after {trained.step:,} steps\n{report(rows, trained)}")
+        rows = evaluation.measure(tasks, run, train_source, val_source, **options)
+        print(f"after {run.step:,} steps\n{evaluation.report(rows, run)}")
     except UserError as error:  # not a reason to lose the run
-        print(f"no evaluation after {trained.step:,} steps: {error}", file=sys.stderr)
+        print(f"no evaluation after {run.step:,} steps: {error}", file=sys.stderr)
 
 
 def catch_signals() -> list[int]:
@@ -381,15 +389,29 @@ def catch_signals() -> list[int]:
 # Flags, processes, folders.
 
 
+def peak_memory(device: torch.device) -> float | None:
+    """The peak of the GPU's allocated memory so far, elsewhere the process's own peak; in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return None
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def start_processes(device: str) -> tuple[int, int, torch.device]:
     """Rank, world size and device, from what torchrun sets; one process without it."""
     if "RANK" not in os.environ:
-        return 0, 1, run.pick_device(device)
+        return 0, 1, evaluation.pick_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # NCCL wants a GPU for each process. If all share one, as with --device cuda:0, gloo is used.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    device = run.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
+    device = evaluation.pick_device(
+        f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Rank 0 evaluates alone; the others wait for it, an hour at most.
@@ -397,7 +419,7 @@ def start_processes(device: str) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def split_batch(config: argparse.Namespace, world: int) -> tuple[int, int]:
+def split_batch(config: argparse.Namespace, objective: Objective, world: int) -> tuple[int, int]:
     """The images of a micro-batch, and the number of micro-batches of one process.
 
     Raises UserError if the batch cannot be split like this, or if the readers do not fit the lanes.
@@ -406,8 +428,7 @@ def split_batch(config: argparse.Namespace, world: int) -> tuple[int, int]:
     if B % (micro_batch * world):
         split = f"{world} processes x {micro_batch} images"
         raise UserError(f"--batch-size {B} is not a multiple of {split}")
-    whole = config.objective in ("clip", "lit", "superclip") or config.loss == "two_way"
-    if whole and micro_batch * world != B:
+    if objective.whole_batch and micro_batch * world != B:
         raise UserError(
             f"--objective {config.objective} with --loss {config.loss} compares all images of a "
             "batch, so it cannot be split into micro-batches: use more processes"
@@ -426,57 +447,46 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
     """Make the run's folder with its tokenizer and config.json; UserError if a flag is wrong."""
     if any((config.out / name).exists() for name in ("config.json", "checkpoint.pt")):
         raise UserError(f"{config.out} already holds a run: add --resume or choose another --out")
-    source, _ = run.open_sources(config)
-    objective = f"--objective {config.objective}"
-    if config.loss != "softmax" and config.objective != "superclass":
-        raise UserError(f"--loss {config.loss} is for SuperClass, not for {objective}")
-    if config.drop_stopwords and config.objective != "superclass":
-        raise UserError(f"--drop-stopwords is for SuperClass's labels, not for {objective}")
-    if config.no_idf and (config.loss != "softmax" or config.objective not in run.HEADS):
-        raise UserError("--no-idf is for SuperClass's softmax: nothing else has IDF weights")
-    if config.objective in ("lit", "caption") and not config.init:
-        raise UserError(f"{objective} needs a trained encoder to lock: name a run with --init")
-    if config.objective == "supervised" and not source.attributes:
-        raise UserError(f"{objective}: {config.data} has no classes to train on")
-    if config.lm and config.objective != "caption":
-        raise UserError(f"--lm is for --objective caption, not for {objective}")
-    if isinstance(source, sources.Shards):
+    source, _ = evaluation.open_sources(config)
+    objective = evaluation.open_objective(config)
+    named = f"--objective {config.objective}"
+    if config.loss != "softmax" and type(objective).loss is not Objective.loss:
+        raise UserError(f"--loss {config.loss} is for SuperClass, not for {named}")
+    if config.no_idf and not objective.weighted:
+        raise UserError(f"--no-idf: {named} with --loss {config.loss} has no IDF weights")
+    try:
+        objective.check(config, source)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if source.most_lanes:
         config.lanes = config.lanes or world * max(1, config.workers)
-        if len(source.urls) < config.lanes:
+        if source.most_lanes < config.lanes:
             print(f"lanes   {config.lanes} share {source}: each is read repeatedly")
     elif config.lanes:
         raise UserError(f"--lanes is for shards: {config.data} has one order for any split")
-    split_batch(config, world)
+    split_batch(config, objective, world)
 
     tokenizer = load_tokenizer(config.tokenizer, source.captions(50_000))
     if getattr(tokenizer, "unknown", 0):
         print(f"words   {tokenizer.unknown:.1%} of the captions' words are not among the labels")
     config.classes, config.source = source.attributes, str(source)
     config.vocab_size, config.mean, config.std = tokenizer.n_vocab, data.MEAN, data.STD
-    config.dtype, config.lm_shape = run.pick_precision(config.precision, device), None
-    vars(config).update(tokenizer_config(tokenizer))
-
-    if config.lm:
-        config.lm_shape = caption.load_gpt2(config.lm).shape
-        known, wrong = config.lm_shape[0], f"--tokenizer {config.tokenizer} has {tokenizer.n_vocab}"
-        if known != tokenizer.n_vocab:
-            raise UserError(f"--lm knows {known} tokens, {wrong}: use --tokenizer gpt2")
+    config.dtype = evaluation.pick_precision(config.precision, device)
+    content, settings = save_tokenizer(tokenizer)
+    vars(config).update(settings)
     try:
-        model = run.build_model(config).eval()  # a batch norm cannot train on one image
-        if config.objective == "caption":  # the longest question and answer must fit
-            longest = torch.zeros(1, 77, dtype=torch.int64)
-            model(torch.zeros(1, 3, config.image_size, config.image_size), longest, longest)
+        model = evaluation.build_model(objective, config)
     except ValueError as error:
         raise UserError(f"--model {config.model}, {config.image_size} px: {error}") from None
-    load_pretrained(model, config, say=lambda *_: None)
+    load_pretrained(model, objective, config, say=lambda *_: None)
 
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from None
-    run.publish(save_tokenizer(tokenizer), config.out / "tokenizer.tiktoken")
+    evaluation.publish(content, config.out / "tokenizer.tiktoken")
     stored = {key: value for key, value in vars(config).items() if key not in ("out", "resume")}
-    run.publish(json.dumps(stored, indent=2) + "\n", config.out / "config.json")
+    evaluation.publish(json.dumps(stored, indent=2) + "\n", config.out / "config.json")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
@@ -488,40 +498,38 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
     name = re.sub(r"\W+", "-", Path(config.data).stem).strip("-") or "run"
     config.out = config.out or Path("runs") / name
     if config.resume and (config.out / "config.json").exists():
-        resumed = run.read_config(config.out)
+        resumed = evaluation.read_config(config.out)
         for key, value in given.items():
             own = vars(resumed).get(key)
-            if key not in run.MAY_CHANGE and value != own:
+            if key not in evaluation.MAY_CHANGE and value != own:
                 started = f"{config.out} was started with --{key.replace('_', '-')} {own}"
                 raise UserError(f"{started}, it cannot go on with {value}")
         vars(resumed).update(given)
         return resumed, True
     if config.init and Path(config.init).is_dir():  # its model and image size, if none were given
-        first = vars(run.read_config(Path(config.init)))
+        first = vars(evaluation.read_config(Path(config.init)))
         vars(config).update({key: first[key] for key in {"model", "image_size"} - given.keys()})
     return config, False
 
 
 def main(argv: list[str] | None = None):
-    try:
+    with data.one_sentence():
         config, resumed = parse(argv)
         rank, world, device = start_processes(config.device)
-        if rank == 0 and not resumed:
-            start_run(config, world, device)
-            config = run.read_config(config.out)
-        if world > 1:  # another machine may not see the new file yet
-            shared = [config]
-            dist.broadcast_object_list(shared)
-            (config,) = shared
-        train(config, rank, world, device)
+        try:
+            if rank == 0 and not resumed:
+                start_run(config, world, device)
+                config = evaluation.read_config(config.out)
+            if world > 1:  # another machine may not see the new file yet
+                shared = [config]
+                dist.broadcast_object_list(shared)
+                (config,) = shared
+            train(config, rank, world, device)
+        except KeyboardInterrupt:  # before the first step; in the loop it waits for the step's end
+            sys.exit(128 + signal.SIGINT)
         if dist.is_initialized():
             dist.barrier()  # torchrun gives a machine that is done five minutes
             dist.destroy_process_group()
-    except UserError as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line below the progress bar
-        sys.exit(2)
-    except KeyboardInterrupt:  # before the first step; in the loop it waits for the step's end
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from pathlib import Path
 from common import cell, finished, print_table, read_jsonl, train_all
 from compare import FLAGS, ICONS, PLACE, choose_rates, run_of
 
-import shapes
-from eval import cider
+from plugins import shapes
+from plugins.caption import cider
 
 OBJECTIVES = ("superclass", "clip", "supervised", "untrained")
-TASKS = {"captions": "shapes", "answers": "shapes-questions"}
+PREFIXES = {"patches": "caption", "pooled": "clipcap"}  # the objective of each
+TASKS = {"captions": "shapes", "answers": "shapes:questions"}
 QUESTIONS = {"what shape is this?": "shape", "what colour is it?": "colour"}
 QUESTIONS |= {"on which side is it?": "side"}
 # CLIP's on shapes; 4e-4, this, 1.5e-3, 3e-3 give 0.954, 0.968, 0.943, 0.735 by probe (seed 1).
@@ -86,12 +87,12 @@ def main():
         folders, own = encoders_of(args.data, seed, rates)
         encoders |= own
         for name, encoder in folders.items():
-            for prefix in ("patches", "pooled"):
+            for prefix, objective in PREFIXES.items():
                 for task, data in tasks.items():
                     val = ["--val-data", references] if task != "answers" else []
                     readers[place / f"{name}-{prefix}-{task}-{seed}"] = [
                         *(FLAGS if args.data == "icons" else SHARED), "--data", data, *val,
-                        "--objective", "caption", "--init", str(encoder), "--prefix", prefix,
+                        "--objective", objective, "--init", str(encoder),
                         "--samples", args.samples, "--batch-size", "128",
                         "--seed", str(int(seed) + 100),
                     ]  # fmt: skip
@@ -104,7 +105,7 @@ def print_scores(data: str, seeds: list[str], place: Path, tasks: dict):
     """The table: a row for each encoder and prefix, then what the scores are worth."""
     columns, rows = ["CIDEr", *(["exact"] if data == "icons" else QUESTIONS.values())], []
     for name in OBJECTIVES:
-        for prefix in ("patches", "pooled"):
+        for prefix in PREFIXES:
             runs = [[place / f"{name}-{prefix}-{t}-{seed}" for seed in seeds] for t in tasks]
             scores = [finished(run)[1] for run in runs[0]]
             line = [cell([score["cider"] for score in scores])]

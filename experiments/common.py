@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
-from eval import cell as cell  # noqa: E402
-from eval import finished  # noqa: E402
-from run import UserError, append_jsonl, own_rows, read_jsonl  # noqa: E402
-from sources import BUILT_IN  # noqa: E402
+from data import UserError  # noqa: E402
+from eval import append_jsonl, open_sources, own_rows, read_jsonl  # noqa: E402
+from plugins.tables import cell as cell  # noqa: E402
+from plugins.tables import finished  # noqa: E402
 from train import parse  # noqa: E402
 
 
@@ -63,9 +63,9 @@ def is_done(folder: Path) -> bool:
     """Whether a run is at its end, and scored if it has data to be scored on."""
     try:
         config, _ = finished(folder)
+        return bool(own_rows(folder)) or open_sources(config)[1] is None
     except UserError:
         return False
-    return bool(own_rows(folder)) or not (config.val_data or config.data in BUILT_IN)
 
 
 def score(folder: Path, task: str, *flags: str) -> dict:

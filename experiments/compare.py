@@ -27,8 +27,8 @@ import torch
 from common import RATES, cell, finished, print_table, train_all, untried
 
 import eval as evaluation
-from run import load_run, pick_device, publish
-from sources import load_source
+from data import load_source
+from eval import load_run, pick_device, publish
 
 ICONS = "data/plain"
 PLACE = Path("runs") / Path(ICONS).name
@@ -43,7 +43,7 @@ ROWS = {
     "no-idf": ["--no-idf"],
     "clip": ["--objective", "clip"],
     "superclip": ["--objective", "superclip"],
-    "no-stopwords": ["--drop-stopwords"],
+    "no-stopwords": ["--tokenizer", "no-stopwords:bpe:2048"],
     "words": ["--tokenizer", "words:2048"],
     "bce": ["--loss", "bce"],
     "asl": ["--loss", "asl"],
@@ -97,8 +97,9 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
         # Words outside the vocabulary have no score: many rare classes, some captions.
         if objective != "supervised" and not run.config.tokenizer.startswith("words"):
             found["rare"] = score("zeroshot", "rare", prompts=found["prompts"])
-            val, asked = load_source(f"{ICONS}/val-*.tar"), {"limit": None, "workers": 0}
-            found["retrieval"] = evaluation.measure_retrieval(run, val, asked)["i2t@1"]
+            val = load_source(f"{ICONS}/val-*.tar")
+            (row,) = evaluation.measure(["retrieval"], run, None, val, workers=0)
+            found["retrieval"] = row["i2t@1"]
         if objective != "lit":  # whose encoder is SuperClass's
             found["probe"] = score("probe", limit=PROBE)
             if objective != "supervised":  # it has seen the labels of more than ten

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from common import UserError, cell, print_table, score, train_all, untried
 
-from run import publish
-from sources import load_source
+from data import load_source
+from eval import publish
 
 DATA, PLACE = Path("data/fashion"), Path("runs/fashion")
 FLAGS = ["--model", "XS/7", "--image-size", "28", "--flip", "--samples", "28800", "--workers", "1"]

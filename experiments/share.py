@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 from common import UserError
 
-from eval import good_batches, token_bags
-from run import load_run
-from sources import load_source
+from data import caption_labels, load_source
+from eval import good_batches, load_run, token_bags
 from superclass import IDF
-from tokenizer import caption_labels
 
 
 def main():
@@ -35,7 +33,7 @@ def main():
             set().union(*(caption_labels(name, run.tokenizer) for name in aliases))
             for aliases in source.attributes["class"]
         ]
-        for batch in good_batches(run, source, 256, limit=5000, captioned=True):
+        for batch in good_batches(run, source, 256, limit=5000, reads=()):
             for row, (c,) in zip(batch.labels.tolist(), batch.targets.tolist(), strict=True):
                 tokens = [token for token in row if token >= 0]
                 named = names[c].intersection(tokens) if c >= 0 else None

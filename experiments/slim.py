@@ -11,7 +11,8 @@ from pathlib import Path
 
 from common import finished
 
-from run import UserError, publish, read_checkpoint, read_weights
+from data import UserError
+from eval import publish, read_checkpoint, read_weights
 
 
 def main():

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data import MEAN, STD, Augment, Prepare
-from sources import Raw
+from data import MEAN, STD, Augment, Prepare, Raw
 
 
 def photograph(i: int, side: int = 512) -> bytes:

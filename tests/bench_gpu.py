@@ -20,11 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import run
 import train
-from baselines import contrastive_loss
-from data import Augment, Prepare, normalize
-from sources import Raw
+from data import Augment, Prepare, Raw, normalize
+from eval import pick_device, pick_precision
+from plugins.contrastive import contrastive_loss
 from superclass import superclass_loss
 from tests.bench_data import photograph
 from tests.bench_step import K, Step
@@ -194,7 +193,7 @@ def bench_loader(args, best: float):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--device", default="auto", type=run.pick_device)
+    add("--device", default="auto", type=pick_device)
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     add("--model", default="B/16")
     add("--image-size", type=int, default=224)
@@ -203,7 +202,7 @@ def main():
     add("--quick", action="store_true", help="few repeats and a small matrix product")
     add("--in-turn", type=int, help="only compare the models, at this micro-batch")
     args = parser.parse_args()
-    args.dtype = getattr(torch, run.pick_precision(args.precision, args.device))
+    args.dtype = getattr(torch, pick_precision(args.precision, args.device))
     args.repeats = 2 if args.quick else args.repeats
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else str(args.device)
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads;", end=" ")

@@ -1,4 +1,4 @@
-"""Where the maps of `show.py words` point: python -m tests.bench_maps RUN, of a run on shapes.
+"""Where the maps of `eval.py words` point: python -m tests.bench_maps RUN, of a run on shapes.
 
 One object: over 500 unseen drawings, how often the patch with the largest share for the first name
 of the object's shape ("circle") and colour ("red") is a hit: any pixel of the drawing's mask, 64 px
@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import shapes
 from data import CenterCrop, normalize
-from run import Run
-from show import SHARES, load, word_weights
+from eval import Run, load_run
+from plugins import shapes
+from plugins.pictures import SHARES, word_weights
 
 IMAGES = 500
 ATTRIBUTES = ["shape", "colour"]
@@ -38,7 +38,7 @@ def patches(mask: Image.Image, side: int) -> Tensor:
 
 
 def one_object(i: int) -> tuple[dict, Image.Image, Image.Image]:
-    """Scene, drawing and mask of sample i, as sources.Shapes draws it: after its caption."""
+    """Scene, drawing and mask of sample i, as shapes.Shapes draws it: after its caption."""
     scene = shapes.scene_of(i, "val")
     shapes.caption(scene)
     return scene, *shapes.draw(scene)
@@ -69,7 +69,7 @@ def rate(run: Run, images: Tensor, names: list[str], masks: Tensor, at: str) -> 
 
 def main(folder: str):
     torch.manual_seed(0)
-    run = load(Path(folder), "cpu")
+    run = load_run(Path(folder))
     size = run.config.image_size
     with torch.no_grad():
         side = round(run.model.encoder(torch.zeros(1, 3, size, size)).shape[1] ** 0.5)

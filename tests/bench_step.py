@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from baselines import CLIP, TEXT_SIZES, build_text_tower, contrastive_loss
+from plugins.contrastive import CLIP, TEXT_SIZES, build_text_tower, contrastive_loss
 from superclass import IDF, SIZES, SuperClass, build_encoder, superclass_loss
 
 K = 16
@@ -95,7 +95,7 @@ def open_clip_model(model: str, image_size: int) -> torch.nn.Module:
     vision |= {"head_width": width // heads}
     text = dict(zip(("width", "layers", "heads"), text, strict=True))
     clip = open_clip.CLIP(text["width"], vision, text)
-    clip.encoder = clip.visual  # where make_optimizer looks for blocks
+    clip.encoder = clip.visual  # where bench_gpu sets checkpointing
     return clip
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import open_clip.tokenizer
 
-import shapes
-from sources import TEMPLATES
-from tokenizer import load_tokenizer
+from data import load_tokenizer
+from plugins import shapes
+from plugins.torchsets import TEMPLATES
 
 ELSEWHERE = [
     "Ein schöner Tag am Meer, Kiefern & Sand, {}",

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import run
+import eval as evaluation
+from data import UserError
 
 torch.set_num_threads(1)  # as in the processes that tests start: sums depend on the number
 ROOT = Path(__file__).parent.parent
@@ -31,8 +32,8 @@ def pytest_configure(config):
     elif name.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits each time
     try:
-        config.device = run.pick_device("cuda:0" if name == "cuda" else name)
-    except run.UserError as error:
+        config.device = evaluation.pick_device("cuda:0" if name == "cuda" else name)
+    except UserError as error:
         raise pytest.UsageError(str(error)) from None
     TINY.extend(["--device", str(config.device)])
 

@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from caption import Captioner, LanguageModel, caption_loss, generate, load_gpt2
-from eval import cider
+from data import UserError
+from plugins.caption import Captioner, LanguageModel, caption_loss, cider, generate, load_gpt2
 from superclass import ViT
-from tokenizer import UserError
 
 V, E = 61, 128
 

@@ -1,11 +1,13 @@
 """Tokenizers, images, sources and streams; every kind of bad sample, made and met."""
 
+import csv
 import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import zlib
 from collections import Counter
 from multiprocessing import connection
@@ -18,23 +20,28 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import data
-import shapes
-import sources
 from data import (
+    KINDS,
     Augment,
+    BadSample,
     CenterCrop,
     OnePass,
     Prepare,
+    Raw,
+    Sample,
+    Start,
     TrainStream,
     UserError,
     batches,
+    load_source,
+    load_tokenizer,
     normalize,
+    one_sentence,
     open_image,
     refuse_if_bad,
     resized_crop,
     to_rgb,
 )
-from sources import KINDS, BadSample, Raw, Sample, Shapes, Start, load_source
 from tests.conftest import (
     COLOURS,
     caption,
@@ -44,7 +51,6 @@ from tests.conftest import (
     sample_members,
     write_tar,
 )
-from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -193,17 +199,6 @@ def test_the_evaluation_view_is_the_centred_square():
 # Sources.
 
 
-def test_shapes_are_the_same_every_time_and_differ_between_splits():
-    train, val = Shapes("train"), Shapes("val")
-    assert list(train.captions(5)) == [train.raw(i).caption for i in range(5)]
-    assert np.array_equal(np.array(train.raw(3).image), np.array(train.raw(3).image))
-    assert not np.array_equal(np.array(train.raw(3).image), np.array(val.raw(3).image))
-    targets = np.array([train.raw(i).targets for i in range(400)])
-    assert all(len(set(targets[:, a])) == 8 for a in range(2))
-    image, mask = shapes.draw(shapes.scene_of(3, "train"))
-    assert image.size == mask.size and set(np.unique(mask)) == {0, 255}
-
-
 def test_folder_pairs_images_with_texts_and_folders_with_classes(tmp_path):
     for i in range(6):
         folder = tmp_path / ["big_red", "green"][i % 2]
@@ -226,7 +221,7 @@ def test_folder_pairs_images_with_texts_and_folders_with_classes(tmp_path):
     (tmp_path / "green" / "1.txt").write_bytes(b"\xef\xbb\xbfa dog")
     source = load_source(str(tmp_path), class_names=str(tmp_path / "names"))
     assert [source.raw(i).targets for i in range(7)] == [(-1,)] * 3 + [(0,)] * 3 + [(-1,)]
-    assert sources.read_caption(source.raw(3).caption) == "a dog"
+    assert data.read_caption(source.raw(3).caption) == "a dog"
 
 
 def test_bad_files_are_named_and_mixed_folders_refused(tmp_path):
@@ -237,7 +232,7 @@ def test_bad_files_are_named_and_mixed_folders_refused(tmp_path):
     tokenizer = load_tokenizer("bpe:260", ["a dog"] * 3)
     source, prepare = load_source(str(tmp_path)), Prepare(CenterCrop(8), tokenizer)
     good, bad = (prepare(source.raw(i)) for i in range(2))
-    assert good.tokens and bad.kind == "unreadable image" and "b.jpg" in str(bad)
+    assert good.labels and bad.kind == "unreadable image" and "b.jpg" in str(bad)
     (tmp_path / "b.txt").write_text(" ")
     assert "b.jpg" in str(prepare(source.raw(1)))
     write_tar(tmp_path / "0.tar", sample_members(0))
@@ -259,7 +254,7 @@ def test_tables(tmp_path, kind):
         path.write_text("\n".join([*lines, "{broken"]) + "\n")
     else:
         with open(path, "w", newline="") as file:
-            writer = sources.csv.writer(file, delimiter="," if kind == "csv" else "\t")
+            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
             writer.writerows([("filepath", "title", "label"), *rows])
         with open(path, "ab") as file:
             file.write(b"0.png,\xff\xfe,red\n" if kind == "csv" else b"0.png\t\xff\xfe\tred\n")
@@ -267,7 +262,7 @@ def test_tables(tmp_path, kind):
     assert source.attributes == {"class": [["blue"], ["red"]]}
     prepare = Prepare(CenterCrop(16), load_tokenizer("bpe:256", []))
     items = [prepare(source.raw(i)) for i in range(len(source))]
-    assert items[0].targets == (1,) and items[0].question == []
+    assert items[0].targets == (1,) and items[0].reads == {}
     last = "unreadable row" if kind == "jsonl" else "unusable caption"
     assert [item.kind for item in items[1:]] == ["unusable caption", "missing image", last]
     assert "number 4" in str(items[3]) if kind == "jsonl" else "not UTF-8" in str(items[3])
@@ -283,9 +278,10 @@ def test_tables_may_hold_questions(tmp_path, kind):
         path.write_text("filepath,caption,question\n0.png,red,what colour?\n")
     source, tokenizer = load_source(str(path)), load_tokenizer("bpe:256", [])
     assert list(source.captions(9)) == ["what colour? red"]
-    sample = Prepare(CenterCrop(8), tokenizer)(source.raw(0))
-    assert tokenizer.decode(sample.question) == " what colour?"
-    assert tokenizer.decode(sample.tokens) == " red"
+    reads = "tokens", "questions"
+    sample = Prepare(CenterCrop(8), tokenizer, reads=reads)(source.raw(0))
+    assert tokenizer.decode(sample.reads["questions"]) == " what colour?"
+    assert tokenizer.decode(sample.reads["tokens"]) == " red"
 
 
 def test_rows_that_tables_may_hold(tmp_path):
@@ -329,42 +325,11 @@ def test_sources_that_hold_nothing_say_what_they_hold(tmp_path):
         load_source(str(tmp_path / "t.csv"), class_names="missing.txt")
 
 
-def test_torchvision_sets_without_files_or_network_say_where_they_belong(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(UserError, match=r"FashionMNIST/raw .*--data-root"):
-        load_source("fashion-mnist", root=str(tmp_path))
-    with pytest.raises(UserError, match="cifar-10-batches-py"):
-        load_source("cifar10", root=str(tmp_path))
-
-
-def test_fashion_mnist_reads_torchvisions_files(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in ("train", "t10k"):
-        images = np.random.default_rng(len(name)).integers(0, 255, (20, 28, 28), dtype=np.uint8)
-        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (20, 28, 28))
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        labels = bytes(i % 10 for i in range(20))
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(
-            b"\0\0\x08\x01" + (20).to_bytes(4, "big") + labels
-        )
-    source = load_source("fashion-mnist", root=str(tmp_path))
-    assert source.attributes["class"][0] == ["t-shirt", "top"]
-    assert len(sources.TEMPLATES) == len(set(sources.TEMPLATES)) == 36
-    assert list(source.captions(20)) == [source.raw(i).caption for i in range(20)]
-    assert "boot" in source.raw(9).caption and source.raw(9).targets == (9,)
-    val = load_source("fashion-mnist", "val", str(tmp_path))
-    assert val.raw(0).image.tobytes() != source.raw(0).image.tobytes()
-
-
 # ------------------------------------------------------------------------------------------------
 # Streams.
 
 
-class Numbers(sources.Pairs):
+class Numbers(data.Pairs):
     """N samples of which some are bad; the label of sample i is i."""
 
     attributes = {"number": [[str(i)] for i in range(23)]}
@@ -412,7 +377,8 @@ def same(a, b) -> bool:
     """Whether two batches hold the same, bit for bit; the order of what was skipped is free."""
     skipped = [sorted(map(str, batch.bad)) for batch in (a, b)]
     return (
-        all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a[:5], b[:5], strict=True))
+        all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("images", "labels", "targets"))
+        and a.images.dtype == b.images.dtype
         and a.places == b.places
         and skipped[0] == skipped[1]
     )
@@ -439,17 +405,22 @@ def test_a_batch_has_sets_for_labels_and_the_order_for_tokens():
             return Raw(picture(i, 8), ["b a b", "aa"][i % 2], (i,), "a?" if i % 2 else None)
 
     tokenizer = load_tokenizer("bpe:256", [])
-    stream = TrainStream(Twice(), Prepare(CenterCrop(8), tokenizer), 0, 6, 0, 1, Start())
+    prepare = Prepare(CenterCrop(8), tokenizer, reads=("tokens", "questions"))
+    stream = TrainStream(Twice(), prepare, 0, 6, 0, 1, Start())
     batch = next(batches(stream, 0, CPU))
-    for labels, tokens, question, target in zip(*batch[1:5], strict=True):
+    texts = batch.reads["tokens"], batch.reads["questions"]
+    for labels, target, tokens, question in zip(batch.labels, batch.targets, *texts, strict=True):
         text = [" b a b", " aa"][target.item() % 2]
         assert tokens[tokens >= 0].tolist() == tokenizer.encode_ordinary(text)
         assert labels[labels >= 0].tolist() == sorted(set(tokenizer.encode_ordinary(text)))
         assert (question >= 0).any() == bool(target.item() % 2)
     parts = batch.split(4)
     assert [len(part.images) for part in parts] == [4, 2]
-    for i in range(5):
-        assert torch.equal(torch.cat([part[i] for part in parts]), batch[i])
+    for name in ("images", "labels", "targets"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(batch, name))
+    for name, whole in batch.reads.items():
+        assert torch.equal(torch.cat([part.reads[name] for part in parts]), whole)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -468,7 +439,7 @@ def test_one_pass_over_a_block_without_a_good_sample():
     dataset = OnePass(Numbers(range(5)), Prepare(CenterCrop(8)), 5)
     got = list(batches(dataset, 0, CPU))
     assert [len(batch.images) for batch in got] == [0, 5, 5, 5, 3]
-    assert len(got[0].bad) == 5 and all(len(tensor) == 0 for tensor in got[0][:5])
+    assert len(got[0].bad) == 5 and len(got[0].labels) == len(got[0].targets) == 0
 
 
 def test_a_place_of_one_pass_leads_back_to_the_sample():
@@ -486,10 +457,25 @@ def test_a_stream_without_a_good_sample_ends_with_a_sentence():
 
 def make_long(*_) -> Sample:
     """Four of them are more than a pipe between processes holds."""
-    return Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), list(range(9999)), [], (0,))
+    return Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), list(range(9999)), (0,))
 
 
-def test_a_loader_process_that_dies_while_it_sends_is_a_users_error(monkeypatch):
+@pytest.fixture
+def fresh_handler(monkeypatch):
+    """torch sets its handler of dead loaders once in a process, which `one_sentence` takes away."""
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+
+
+def died(capsys, use) -> str:
+    """What the user reads when a loader dies while `use` goes on; nothing else interrupts him."""
+    with pytest.raises(SystemExit, match="2"), one_sentence():
+        use()
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    return line
+
+
+@pytest.mark.usefixtures("fresh_handler")
+def test_a_loader_process_that_dies_while_it_sends_is_a_users_error(monkeypatch, capsys):
     send, ours = connection.Connection._send, os.getpid()
 
     def send_half(self, content, *args):
@@ -499,11 +485,15 @@ def test_a_loader_process_that_dies_while_it_sends_is_a_users_error(monkeypatch)
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(connection.Connection, "_send", send_half)
-    with pytest.raises(UserError, match=r"DataLoader worker .*--workers"):
-        next(batches(TrainStream(Numbers(), make_long, 0, 8, 0, 1, Start()), 1, CPU, 1))
+    stream = TrainStream(Numbers(), make_long, 0, 8, 0, 1, Start())
+    line = died(capsys, lambda: next(batches(stream, 1, CPU, 1)))
+    assert "a DataLoader worker died" in line and "--workers" in line
 
 
-def test_a_killed_loader_process_is_a_users_error():
+@pytest.mark.usefixtures("fresh_handler")
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_killed_loader_process_is_a_users_error(capsys, at_work):
+    """Also while the main process is somewhere else than at the loader."""
     others = set(multiprocessing.active_children())
     stream = TrainStream(Numbers(), Prepare(CenterCrop(8)), 0, 4, 0, 1, Start())
     running = batches(stream, 2, CPU, 1)
@@ -513,12 +503,18 @@ def test_a_killed_loader_process_is_a_users_error():
         os.kill(loader.pid, number)
     for _ in range(20):
         next(running)
-    os.kill(loader.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"DataLoader worker .*--workers"):
+
+    def go_on():
+        os.kill(loader.pid, signal.SIGKILL)
+        if at_work:
+            threading.Event().wait(20)  # the end of the loader interrupts whatever is done
         for _ in range(20):  # some batches are ready
             next(running)
-    for process in set(multiprocessing.active_children()) - others:  # they ignore SIGTERM
-        process.kill()
+
+    line = died(capsys, go_on)
+    assert "a DataLoader worker died" in line and "--workers" in line
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    running.close()  # ends the other loader
 
 
 def be_killed(end):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import eval as evaluation
-import run as runs
-import show
 import train
+from eval import load_run, read_config
+from plugins.tables import finished
 from superclass import build_encoder
 from tests.conftest import ROOT, make_shards, train_flags
 
@@ -19,7 +19,7 @@ KEPT = ROOT / "pretrained" / "icons"
 def test_the_kept_run_names_drawings(tmp_path, capsys):
     things = ["umbrella", "lock", "house", "envelope"]
     drawings = [str(ROOT / "assets" / f"{thing}.png") for thing in things]
-    show.main(["words", str(KEPT), *drawings, "--lift", "--out", str(tmp_path / "words.png")])
+    evaluation.main(["words", str(KEPT), *drawings, "--lift", "--out", str(tmp_path / "words.png")])
     lines = capsys.readouterr().out.splitlines()
     for thing, line in zip(things, lines, strict=True):
         words = [part.split()[0] for part in line.split(": ")[1].split(", ")]
@@ -28,8 +28,8 @@ def test_the_kept_run_names_drawings(tmp_path, capsys):
 
 def test_the_kept_run_is_small_and_starts_others():
     assert sum(file.stat().st_size for file in KEPT.iterdir()) <= 4_000_000
-    config = runs.read_config(KEPT)
-    runs.init_encoder(build_encoder(config.model, config.image_size), KEPT)
+    config = read_config(KEPT)
+    train.init_encoder(build_encoder(config.model, config.image_size), KEPT)
 
 
 def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys, monkeypatch):
@@ -38,11 +38,11 @@ def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys, monkeypat
     monkeypatch.syspath_prepend(ROOT / "experiments")
     monkeypatch.setattr(sys, "argv", ["slim.py", str(run), str(out)])
     importlib.import_module("slim").main()
-    whole, slim = (runs.load_run(folder, torch.device("cpu")) for folder in (run, out))
+    whole, slim = (load_run(folder, torch.device("cpu")) for folder in (run, out))
     for a, b in zip(whole.model.parameters(), slim.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     assert torch.equal(whole.idf.df, slim.idf.df) and slim.step == whole.step
-    assert evaluation.finished(out)[1] == evaluation.finished(run)[1]
+    assert finished(out)[1] == finished(run)[1]
     with pytest.raises(SystemExit, match="2"):
         train.main(["--out", str(out), "--resume"])
     assert "holds no optimizer's state" in capsys.readouterr().err

@@ -25,20 +25,24 @@ from torch import nn
 
 import data
 import eval as evaluation
-import sources
 import train
 from data import (
+    KINDS,
     Augment,
+    BadSample,
     CenterCrop,
     OnePass,
     Prepare,
+    Sample,
+    Start,
     TrainStream,
     UserError,
     batches,
+    load_source,
     load_tokenizer,
 )
-from run import Run
-from sources import KINDS, BadSample, Sample, Shards, Start, load_source
+from eval import Run
+from plugins.shards import Shards, expand_shards
 from superclass import IDF, SuperClass
 from tests.conftest import caption, encoded, picture, sample_members, train_flags, write_tar
 
@@ -65,7 +69,7 @@ def numbered(folder: Path, *sizes: int) -> Path:
 
 def key_of(raw, key) -> Sample:
     """In place of Prepare: the targets are the sample's (pass, shard, number in the shard)."""
-    return Sample(None, [], [], key)
+    return Sample(None, [], key)
 
 
 def take_pass(source, lanes, number=0):
@@ -90,7 +94,7 @@ def test_specs_name_their_shards(shards, monkeypatch):
         load_source(str(shards / "{00005..00000}.tar"))
     shards.rename(shards.with_name("b[1]"))
     assert len(load_source(str(shards.with_name("b[1]"))).urls) == 6
-    assert sources.expand_shards("s3://b/{08..11}.tar")[::3] == ["s3://b/08.tar", "s3://b/11.tar"]
+    assert expand_shards("s3://b/{08..11}.tar")[::3] == ["s3://b/08.tar", "s3://b/11.tar"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ def test_samples_mix_within_a_group_of_shards(shards):
     (order,) = take_pass(load_source(str(shards)), 1)
     groups = [order[i : i + 20] for i in range(0, 60, 20)]
     for group in groups:
-        assert len({s for s, _ in group}) == sources.Shards.GROUP
+        assert len({s for s, _ in group}) == Shards.GROUP
         assert len({s for s, _ in group[:10]}) == 2
 
 
@@ -311,7 +315,7 @@ class Pixels(nn.Module):
 def test_features_of_shards_do_not_depend_on_the_readers(shards, limit):
     tokenizer = load_tokenizer("bpe:300", ["a red dog"])
     model = SuperClass(Pixels(), 300)
-    run = Run(None, Namespace(image_size=16), tokenizer, model, IDF(300), 0)
+    run = Run(None, Namespace(image_size=16), None, tokenizer, model, IDF(300), 0)
     extract = functools.partial(evaluation.extract, run, load_source(str(shards)), limit)
     (features, _, tokens), *others = (extract(workers, True) for workers in (0, 2, 3))
     assert len(features) == len(tokens) == (limit or 60)
@@ -535,7 +539,7 @@ def server(shards):
 
 
 def test_shards_from_a_server_whose_connection_breaks(server, monkeypatch):
-    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+    monkeypatch.setattr(Shards, "DELAYS", (0,) * 5)
     source = load_source(server.address + "/{00000..00005}.tar")
     assert len(source.read(source.urls[0])) == 10
     server.breaks = 2

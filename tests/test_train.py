@@ -1,6 +1,7 @@
 """The loop. Its promises are tested by doing them: runs are killed, split and given bad data."""
 
 import errno
+import functools
 import json
 import math
 import os
@@ -12,18 +13,22 @@ import pytest
 import timm
 import torch
 
-import baselines
 import data
 import eval as evaluation
-import run as runs
+import superclass
 import train
-from baselines import LOSSES, contrastive_loss
-from caption import load_gpt2
-from run import init_encoder, load_run, read_jsonl
-from sources import Start, load_source
+from data import Start, load_source
+from eval import load_run, read_jsonl
+from plugins import TABLE, convnets
+from plugins.caption import load_gpt2
+from plugins.contrastive import contrastive_loss
+from plugins.sigmoid_losses import asl
 from superclass import SuperClass, build_encoder, superclass_loss
 from tests.conftest import COLOURS, TINY, caption, encoded, load, make_pairs, picture, train_flags
 from tests.die import at_call, launch, start
+from train import init_encoder
+
+LOSSES = [name for name in TABLE["loss"] if name != "softmax"]
 
 TIMES = {"images_per_s", "step_s", "data_s", "peak_mb"}
 
@@ -114,7 +119,7 @@ def test_matrices_decay_and_others_do_not():
     others = {id(p) for p in groups[1]["params"]}
     assert id(model.encoder.pos_embed) in others and id(model.head.bias) in others
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    model = SuperClass(runs.build_encoder("convnext_tiny", 32), 50)
+    model = SuperClass(convnets.convnext_tiny(32), 50)
     decayed = {id(p) for p in train.make_optimizer(model, config, print).param_groups[0]["params"]}
     scales = [p for name, p in model.named_parameters() if name.endswith("layer_scale")]
     assert len(scales) == 18 and not decayed & set(map(id, scales))
@@ -173,20 +178,20 @@ def test_the_first_loss_is_that_of_its_formula(pairs, tmp_path, flags, device):
     flags = ["--samples", "8", "--lr", "0", "--workers", "0", *flags]
     train.main(train_flags(pairs, tmp_path / "run", *flags))
     run = load_run(tmp_path / "run", device)
-    prepare = data.Prepare(data.Augment(32), run.tokenizer, run.config.seed)
+    reads = run.objective.reads
+    prepare = data.Prepare(data.Augment(32), run.tokenizer, run.config.seed, reads)
     stream = data.TrainStream(load_source(str(pairs)), prepare, 0, 8, 0, 1, Start())
-    batch = next(data.batches(stream, 0, device, reads=("tokens",)))
+    batch = next(data.batches(stream, 0, device))
     df = batch.labels[batch.labels >= 0].cpu().bincount(minlength=run.config.vocab_size).to(device)
     weights = torch.ones_like(df) if "--no-idf" in flags else torch.log(9 / (df + 1))
-    tokens = [batch.tokens] if run.config.objective == "superclip" else []
     with torch.no_grad():
-        outputs = run.model(data.normalize(batch.images), *tokens)
+        outputs = run.model(data.normalize(batch.images), **batch.reads)
     if "asl" in flags:
-        expected = LOSSES["asl"](outputs, batch.labels)
+        expected = asl(outputs, batch.labels, weights)
     else:
-        contrast, logits = outputs if tokens else (None, outputs)
+        contrast, logits = outputs if reads else (None, outputs)
         expected = superclass_loss(logits, batch.labels, weights)
-        expected = expected + contrastive_loss(*contrast) if tokens else expected
+        expected = expected + contrastive_loss(*contrast) if reads else expected
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -194,7 +199,9 @@ def test_no_flag_of_the_recipe_is_forgotten(pairs, tmp_path, device):
     """A flag that is parsed and not used gives the losses of a run without it."""
     changes = "", "--flip", "--min-scale 0.3", "--color-jitter 0.3", "--beta2 0.5", "--seed 1"
     changes += "--weight-decay 5", "--warmup 3", "--precision bf16", "--no-idf"
-    changes += ("--no-idf --drop-stopwords",)  # "a" is in every caption: with IDF it has no weight
+    changes += (
+        "--no-idf --tokenizer no-stopwords:bpe:300",
+    )  # "a" is in every caption: with IDF it has no weight
     found = {}
     for i, flags in enumerate(changes):
         own = ["--samples", "24", "--workers", "0", *flags.split()]
@@ -245,7 +252,7 @@ def first(classes, tmp_path_factory, device):
 
 OBJECTIVES = [["--loss", name] for name in LOSSES]
 OBJECTIVES += [["--objective", name] for name in ("clip", "superclip", "supervised")]
-OBJECTIVES += [["--tokenizer", "words:6", "--drop-stopwords"]]
+OBJECTIVES += [["--tokenizer", "no-stopwords:words:6"]]
 
 
 @pytest.mark.parametrize("flags", OBJECTIVES, ids="-".join)
@@ -392,9 +399,12 @@ def learns_with_a_locked_encoder(run, first):
     return lines[-1]["loss"] < lines[0]["loss"] - 1
 
 
-@pytest.mark.parametrize("prefix", ["patches", "pooled"])
-def test_captions_are_learned_and_evaluated(capsys, classes, first, tmp_path, prefix):
-    run, flags = tmp_path / "run", ["--samples", "480", "--prefix", prefix, "--init", str(first)]
+@pytest.mark.parametrize("objective", ["caption", "clipcap"])
+def test_captions_are_learned_and_evaluated(capsys, classes, first, tmp_path, objective):
+    run, flags = (
+        tmp_path / "run",
+        ["--samples", "480", "--objective", objective, "--init", str(first)],
+    )
     train.main(train_flags(classes, run, *CAPTION, *flags))
     assert learns_with_a_locked_encoder(run, first)
     evaluation.main(["caption", str(run), "--data", str(classes), "--workers", "0"])
@@ -438,8 +448,8 @@ def test_questions_are_answered(classes, first, tmp_path):
 
 def test_a_frozen_gpt2_reads_what_a_projector_learns(classes, first, gpt2, tmp_path):
     """And this resumes exactly, without the files that the run started from."""
-    flags = ["--samples", "64", "--save-every", "3", "--init", str(first), "--lm", str(gpt2)]
-    flags += ["--tokenizer", "bpe:280"]
+    flags = ["--samples", "64", "--save-every", "3", "--init", str(first)]
+    flags += ["--objective", f"caption:{gpt2}", "--tokenizer", "bpe:280"]
     run, killed = run_and_killed_copy(train_flags(classes, tmp_path / "run", *CAPTION, *flags), 5)
     assert metrics(run)[-1]["loss"] < metrics(run)[0]["loss"]
     prefix, model = "language_model.", state(run)["model"]
@@ -455,14 +465,16 @@ def test_a_frozen_gpt2_reads_what_a_projector_learns(classes, first, gpt2, tmp_p
 
 def test_language_models_that_do_not_fit_are_refused(capsys, classes, first, gpt2, tmp_path):
     flags = train_flags(classes, tmp_path / "run", *CAPTION, "--init", str(first))
-    error = refused(capsys, *flags, "--lm", gpt2, "--tokenizer", "bpe:270")
+    error = refused(capsys, *flags, "--objective", f"caption:{gpt2}", "--tokenizer", "bpe:270")
     assert "knows 280 tokens" in error and "bpe:270" in error and "--tokenizer gpt2" in error
     weights = load(gpt2)
     weights["transformer.h.1.elsewhere"] = weights.pop("transformer.h.1.ln_2.weight")
     torch.save(weights, tmp_path / "other.bin")
-    error = refused(capsys, *flags, "--lm", tmp_path / "other.bin")
+    error = refused(capsys, *flags, "--objective", f"caption:{tmp_path / 'other.bin'}")
     assert "h.1.ln_2.weight" in error and "h.1.elsewhere" in error
-    assert "nothing.bin cannot be read" in refused(capsys, *flags, "--lm", "nothing.bin")
+    assert "nothing.bin cannot be read" in refused(
+        capsys, *flags, "--objective", "caption:nothing.bin"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -476,16 +488,14 @@ def test_captions_need_a_source_with_captions(capsys, first, tmp_path):
 
 def test_flags_that_contradict_the_objective_are_refused(capsys, classes, pairs, tmp_path):
     for flags, message in (
-        (["--objective", "lit"], "name a run with --init"),
-        (["--objective", "caption"], "name a run with --init"),
+        (["--objective", "lit"], "--objective lit needs a trained encoder"),
+        (["--objective", "clipcap"], "--objective clipcap needs a trained encoder"),
         (["--objective", "clip", "--loss", "bce"], "--loss bce is for"),
-        (["--objective", "clip", "--no-idf"], "nothing else has IDF weights"),
-        (["--objective", "clip", "--drop-stopwords"], "--drop-stopwords is for SuperClass's"),
-        (["--loss", "bce", "--no-idf"], "nothing else has IDF weights"),
+        (["--objective", "clip", "--no-idf"], "has no IDF weights"),
+        (["--loss", "bce", "--no-idf"], "has no IDF weights"),
         (["--objective", "clip", "--micro-batch", "4"], "cannot be split into micro-batches"),
         (["--objective", "superclip", "--micro-batch", "4"], "cannot be split into micro-batches"),
         (["--loss", "two_way", "--micro-batch", "4"], "cannot be split into micro-batches"),
-        (["--lm", "gpt2.bin"], "--lm is for --objective caption"),
         (["--model", "resnet50", "--grad-checkpointing"], "--grad-checkpointing is for the ViT"),
         (["--model", "resnet50", "--image-size", "24"], "32 px or more"),
         (["--tokenizer", "words:5000"], "there are only 6 different words"),
@@ -527,14 +537,14 @@ def assert_resumes_exactly(flags: list[str], n: int):
 
 RESUMED = [["--loss", name] for name in ("softmax", *LOSSES)]
 RESUMED += [["--objective", name] for name in ("clip", "superclip", "lit", "supervised")]
-RESUMED += [["--objective", "caption", "--prefix", name] for name in ("patches", "pooled")]
+RESUMED += [["--objective", name] for name in ("caption", "clipcap")]
 RESUMED += [["--precision", "fp16"], ["--micro-batch", "2", "--grad-checkpointing"]]
 
 
 @pytest.mark.parametrize("flags", RESUMED, ids="-".join)
 def test_every_objective_resumes_exactly(classes, first, tmp_path, flags):
     """Killed in the fourth step of five, with a checkpoint of the second."""
-    init = ["--init", str(first)] if flags[1] in ("lit", "caption") else []
+    init = ["--init", str(first)] if flags[1] in ("lit", "caption", "clipcap") else []
     flags = ["--samples", "20", "--batch-size", "4", "--workers", "0", *flags, *init]
     assert_resumes_exactly(train_flags(classes, tmp_path / "run", "--save-every", "2", *flags), 4)
 
@@ -544,8 +554,9 @@ def test_an_encoder_with_batch_norm_resumes_exactly(classes, tmp_path, monkeypat
 
     A worker reads the data: in this process, the seed of each sample would hide another's absence.
     """
-    monkeypatch.setitem(baselines.ConvNet.WIDTHS, "mobilenet_v3_small", 576)
-    flags = ["--model", "mobilenet_v3_small", "--samples", "8", "--batch-size", "4"]
+    small = functools.partial(convnets.ConvNet, "mobilenet_v3_small", 576)
+    monkeypatch.setattr(convnets, "resnet50", small)
+    flags = ["--model", "resnet50", "--samples", "8", "--batch-size", "4"]
     flags += ["--workers", "1", "--save-every", "1", "--log-every", "2"]
     assert_resumes_exactly(train_flags(classes, tmp_path / "run", *flags), 2)
 
@@ -557,7 +568,7 @@ def test_an_encoder_with_dropout_resumes_exactly(classes, tmp_path, monkeypatch,
         encoder.norm.register_forward_hook(drop)
         return encoder
 
-    monkeypatch.setattr(runs, "build_encoder", build)
+    monkeypatch.setattr(superclass, "build_encoder", build)
     flags = ["--samples", "40", "--save-every", "2", "--workers", "1"]
     assert_resumes_exactly(train_flags(classes, tmp_path / "run", *flags), 4)
 
@@ -625,9 +636,9 @@ def test_a_folder_can_be_read_while_a_run_writes_it(finished, tmp_path):
             process.join(0.05)
         loaded, lines = [], []
         for _ in range(50):
-            loaded.append(runs.load_run(run, device))
+            loaded.append(load_run(run, device))
             lines.append(len(read_jsonl(run / "metrics.jsonl")))
-            runs.read_weights(run / "encoder.pt")
+            evaluation.read_weights(run / "encoder.pt")
         assert process.is_alive()
     finally:
         process.kill()
@@ -658,7 +669,7 @@ def test_a_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, n=name, real=real: done.append(n) or real(*a))
-    runs.publish(b"x", tmp_path / "file")
+    evaluation.publish(b"x", tmp_path / "file")
     assert done == ["fsync", "replace"]
 
 
@@ -690,7 +701,7 @@ def test_a_full_disk_is_reported_where_a_line_of_metrics_is_due(capsys, finished
 
     run, flags = tmp_path / "run", ["--samples", "16", "--workers", "0"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "open", full, raising=False)
+        patch.setattr(evaluation, "open", full, raising=False)
         error = refused(capsys, *train_flags(finished[1], run, *flags))
     assert f"{run / 'metrics.jsonl'} cannot be written" in error and "No space left" in error
     assert state(run)["progress"]["step"] == 0
@@ -707,7 +718,7 @@ def test_a_folder_that_cannot_be_written_is_refused(capsys, finished, tmp_path):
         raise OSError(errno.EROFS, "Read-only file system")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "open", read_only, raising=False)
+        patch.setattr(evaluation, "open", read_only, raising=False)
         error = refused(capsys, *train_flags(pairs, tmp_path / "run"))
     assert "cannot be written" in error and "Read-only file system" in error
 

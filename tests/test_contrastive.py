@@ -1,4 +1,4 @@
-"""The other losses and CLIP against dense float64 versions, peers, and themselves on two ranks."""
+"""CLIP and SuperCLIP against dense float64 versions, a peer, and themselves on two ranks."""
 
 import copy
 import math
@@ -7,151 +7,16 @@ import queue
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from torchvision.models.feature_extraction import create_feature_extractor
 
-import baselines
-from baselines import (
-    CLIP,
-    LOSSES,
-    SuperCLIP,
-    TextTower,
-    build_encoder,
-    contrastive_loss,
-    supervised_loss,
-)
+from data import caption_tokens, load_tokenizer
+from eval import Run, classify
+from plugins import contrastive, two_way
+from plugins.contrastive import CLIP, SuperCLIP, TextTower, contrastive_loss
 from superclass import IDF, SuperClass, ViT, superclass_loss
 from tests.conftest import as_labels
 from tests.die import SERVER
 
 B, K, V = 7, 6, 23
-
-
-@pytest.fixture
-def labels(on_device):
-    """Sets with padding; one caption of a single token, one token in every caption."""
-    torch.manual_seed(1)
-    labels = torch.randint(-1, V, (B, K))
-    labels[3] = 5
-    labels[:, 0] = 5
-    return as_labels(labels)
-
-
-def dense(labels):
-    """Labels as K-hot rows [B, V], float64, on the CPU like all that devices are compared with."""
-    y = torch.zeros(len(labels), V, dtype=torch.float64, device="cpu")
-    for row, tokens in zip(y, labels.tolist(), strict=True):
-        for token in tokens:
-            if token >= 0:
-                row[token] = 1
-    return y
-
-
-def dense_bce(x, y):
-    p = torch.sigmoid(x)
-    return -(y * p.log() + (1 - y) * (1 - p).log()).sum() / len(x)
-
-
-def dense_soft_margin(x, y):
-    return (1 + torch.exp(-(2 * y - 1) * x)).log().mean()
-
-
-def dense_asl(x, y):
-    p = torch.sigmoid(x)
-    q = torch.clamp(p - 0.05, min=0)
-    return -(y * p.log() + (1 - y) * q**4 * (1 - q).log()).sum() / len(x)
-
-
-def dense_two_way(x, y):
-    """Each image, then each token, on its own."""
-    total = 0.0
-    for scores, truth in ((x, y), (x.T, y.T)):
-        values = []
-        for row, here in zip(scores, truth, strict=True):
-            if here.sum() == 0:
-                continue
-            others = row[here == 0].exp().sum()
-            values.append((1 + others * (-row[here == 1] / 4).exp().sum() ** 4).log())
-        total = total + torch.stack(values).mean()
-    return total
-
-
-DENSE = {
-    "bce": dense_bce,
-    "soft_margin": dense_soft_margin,
-    "asl": dense_asl,
-    "two_way": dense_two_way,
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("scale", [1.0, 6.0])
-def test_losses_equal_dense_float64(labels, name, scale):
-    torch.manual_seed(2)
-    x = torch.randn(B, V) * scale
-    ours, theirs = x.clone().requires_grad_(), x.cpu().double().requires_grad_()
-    loss, expected = LOSSES[name](ours, labels), DENSE[name](theirs, dense(labels))
-    loss.backward()
-    expected.backward()
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.grad.cpu().double(), theirs.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_losses_agree_with_torchs_own(labels):
-    x = torch.randn(B, V)
-    y = dense(labels).float().to(x.device)
-    peer = torch.nn.MultiLabelSoftMarginLoss()(x, y)
-    torch.testing.assert_close(LOSSES["soft_margin"](x, labels), peer)
-    peer = F.binary_cross_entropy_with_logits(x, y, reduction="sum") / B
-    torch.testing.assert_close(LOSSES["bce"](x, labels), peer)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses_of_extreme_logits_are_finite(labels, name):
-    for x in (torch.full((B, V), 80.0), torch.full((B, V), -80.0)):
-        x = x.requires_grad_()
-        LOSSES[name](x, labels).backward()
-        assert torch.isfinite(x.grad).all()
-
-
-def test_supervised_loss_is_the_mean_over_attributes(on_device):
-    logits, targets = torch.randn(4, 5), torch.tensor([[0, 1], [1, 2], [1, -1], [0, 0]])
-    known = F.cross_entropy(logits[[0, 1, 3], 2:], targets[[0, 1, 3], 1]) * 3 / 4
-    expected = (F.cross_entropy(logits[:, :2], targets[:, 0]) + known) / 2
-    torch.testing.assert_close(supervised_loss(logits, targets, [2, 3]), expected)
-
-
-@pytest.mark.parametrize(("name", "width"), [("resnet50", 2048), ("convnext_tiny", 768)])
-def test_torchvisions_networks_give_tokens_and_keep_their_names(on_device, name, width):
-    torch.manual_seed(0)
-    network, images = torchvision.models.get_model(name).double().eval(), torch.randn(2, 3, 64, 64)
-    images = images.double()  # a GPU rounds float32 differently with the channels last
-    model = SuperClass(build_encoder(name, 64), 30).double().eval()
-    missing, unexpected = network.load_state_dict(model.encoder.state_dict(), strict=False)
-    assert unexpected == [] and all(key.startswith(("fc.", "classifier.")) for key in missing)
-    with torch.no_grad():
-        tokens = model.encoder(images)
-        assert tokens.shape == (2, 4, width) and model(images).shape == (2, 30)
-        maps = create_feature_extractor(network, {"avgpool": "pooled"})(images)["pooled"]
-        torch.testing.assert_close(tokens.mean(dim=1), maps.flatten(1))
-        if name == "convnext_tiny":  # it leaves out no block at random: any split gives the same
-            for layer in model.encoder.modules():
-                if hasattr(layer, "layer_scale"):
-                    layer.layer_scale.fill_(1)  # with its 1e-6, no difference would be seen
-            torch.testing.assert_close(model.train()(images), model.eval()(images))
-    with pytest.raises(ValueError, match="32 px or more"):
-        build_encoder(name, 28)
-
-
-def test_other_names_are_vits_or_refused():
-    assert isinstance(build_encoder("XS/8", 32), ViT)
-    with pytest.raises(ValueError, match="unknown model 'resnet51'"):
-        build_encoder("resnet51", 64)
-
-
-# ------------------------------------------------------------------------------------------------
-# CLIP and SuperCLIP.
 
 
 def tiny_clip(kind=CLIP, **options):
@@ -174,7 +39,7 @@ def test_a_text_sees_neither_padding_nor_the_batch(on_device):
 
 
 def test_a_token_sees_only_those_before_it(on_device):
-    attention = baselines.CausalAttention(24, 2)
+    attention = contrastive.CausalAttention(24, 2)
     x = torch.randn(1, 5, 24)
     changed = x.clone()
     changed[:, 3:] += 1
@@ -266,6 +131,56 @@ def test_superclips_head_is_superclasss(on_device):
     assert torch.equal(model.features(images), plain.features(images)) and len(contrast) == 3
 
 
+# ------------------------------------------------------------------------------------------------
+# What the text tower scores.
+
+
+@pytest.fixture
+def towers(device):
+    """A run of CLIP with random towers, and features of five images."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("bpe:280", ["a red ball", "one crimson ball", "a blue ball"] * 3)
+    model = CLIP(ViT(16, 8, 32, 1, 2), TextTower(tokenizer.n_vocab, 16, 1, 2)).to(device)
+    idf = IDF(tokenizer.n_vocab).to(device)
+    objective = contrastive.ContrastiveObjective()
+    return Run(None, None, objective, tokenizer, model, idf, 0), torch.randn(5, 32)
+
+
+def embedded(run, features, texts: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Unit vectors [1, E] of texts, each embedded alone; and vectors [5, E] of the images."""
+    device = run.idf.df.device
+    ids = [torch.tensor([caption_tokens(text, run.tokenizer)]).to(device) for text in texts]
+    return [run.model.embed_texts(row) for row in ids], run.model.image_proj(features.to(device))
+
+
+@torch.no_grad()
+def test_zeroshot_is_the_cosine_with_the_mean_prompt(towers):
+    run, features = towers
+    names, prompts = [["red", "crimson"], ["blue"]], ["a {}", "one {} ball"]
+    expected = []
+    for of_class in names:
+        texts = [prompt.format(name) for name in of_class for prompt in prompts]
+        rows, images = embedded(run, features, texts)
+        mean = torch.cat(rows).mean(dim=0)
+        expected.append(F.cosine_similarity(images, mean[None]))
+    scores = classify(run, "zeroshot", names, features, prompts)
+    torch.testing.assert_close(scores, torch.stack(expected, dim=1).cpu())
+
+
+@torch.no_grad()
+def test_captions_are_scored_by_their_cosine(towers):
+    run, features = towers
+    texts = ["a red ball", "blue", "one crimson ball"]
+    rows, images = embedded(run, features, texts)
+    expected = torch.stack([F.cosine_similarity(images, row) for row in rows], dim=1)
+    tokens = [caption_tokens(text, run.tokenizer) for text in texts]
+    torch.testing.assert_close(run.objective.score_captions(run, features, tokens), expected.cpu())
+
+
+# ------------------------------------------------------------------------------------------------
+# Two processes.
+
+
 def one_rank(rank: int, world: int, path: str, results, device):
     """A rank's gradients of CLIP, SuperCLIP and the two-way loss, averaged as DDP does."""
     if world > 1:
@@ -281,7 +196,7 @@ def one_rank(rank: int, world: int, path: str, results, device):
     losses = [
         contrastive_loss(*model(images[mine], tokens[mine])),
         superclip_loss(both(images[mine], tokens[mine]), tokens[mine], idf.weights()),
-        LOSSES["two_way"](logits[mine], as_labels(tokens[mine])),
+        two_way.loss(logits[mine], as_labels(tokens[mine]), idf.weights()),
     ]
     sum(losses).backward()
     values = [torch.stack(losses).detach(), logits.grad, idf.df.float(), idf.n.float()]

@@ -1,13 +1,19 @@
 """Drawn pictures of coloured shapes with free-text captions: the default data, and nothing stored.
 
-They stand in for image-text pairs from the web: the captions use synonyms, leave attributes out and
-add irrelevant words, and one in twenty is about another image. Sample i of a split never changes.
+    --data shapes               captions; they use synonyms, leave attributes out and add irrelevant
+                                words, and one in twenty is about another image
+    --data shapes:questions     questions, and answers for captions
+
+They stand in for image-text pairs from the web. Sample i of a split never changes.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from data import Pairs, Raw, UserError
 
 LENGTHS = {"train": 100_000, "val": 4_000}
 SHAPES = {
@@ -38,6 +44,35 @@ SIZES = ["small", "little", "tiny"], ["big", "large", "huge"]
 SIDES = {"left": "on the left", "right": "on the right", "middle": "in the middle"}
 
 ATTRIBUTES = {"shape": list(SHAPES.values()), "colour": list(COLOURS.values())}
+
+
+class Shapes(Pairs):
+    """Pictures of a coloured shape, drawn when needed, with captions or questions and answers."""
+
+    attributes, has_splits = ATTRIBUTES, True
+
+    def __init__(self, split: str, asks: bool = False):
+        self.split, self.asks = split, asks
+
+    def __len__(self) -> int:
+        return LENGTHS[self.split]
+
+    def raw(self, i: int) -> Raw:
+        scene, asked = scene_of(i, self.split), None
+        text = caption(scene)  # always made: the picture's random numbers come after it
+        if self.asks:
+            asked, text = question(scene)
+        return Raw(draw(scene)[0], text, (scene["shape"], scene["colour"]), asked)
+
+    def captions(self, limit: int) -> Iterator[str]:
+        scenes = (scene_of(i, self.split) for i in range(min(limit, len(self))))
+        return (" ".join(question(s)) if self.asks else caption(s) for s in scenes)
+
+
+def open_source(arg: str, split: str, root: str, class_names: list | None) -> Shapes:
+    if arg not in ("", "questions"):
+        raise UserError(f"--data shapes:{arg}: use shapes or shapes:questions")
+    return Shapes(split, asks=bool(arg))
 
 
 def pick(rng: np.random.Generator, options: list):

@@ -1,23 +1,22 @@
 """Look at runs and sources: words on pixels, search, curves, and a source's samples.
 
-    python show.py words RUN [IMAGE ...] [--data SPEC] [--word "red circle"] [--lift]
-    python show.py search RUN "a red star" [TEXT ...] [--data SPEC]
-    python show.py curves RUN [RUN ...] [--final]
-    python show.py data SPEC
+    python eval.py words RUN [IMAGE ...] [--data SPEC] [--word "red circle"] [--lift]
+    python eval.py search RUN "a red star" [TEXT ...] [--data SPEC]
+    python eval.py curves RUN [RUN ...]
+    python data.py SPEC
 
 Each command draws one PNG (--out) and prints its main figures. Runs and sources are never changed.
 
 Letters in shapes:  B images, N patches, S image size, D width, V vocabulary, Q texts.
 """
 
-import argparse
 import functools
 import itertools
 import math
-import statistics
 import sys
 import textwrap
 import warnings
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,15 +35,10 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-import run as runs
-import sources
-from caption import generate
-from data import CenterCrop, Prepare
-from eval import log_probabilities
-from run import Run, UserError
-from sources import BadSample
+from data import BadSample, CenterCrop, Prepare, Raw, UserError, caption_tokens, normalize, number
+from eval import Run
+from plugins import names
 from superclass import IDF, SuperClass
-from tokenizer import ClipTokenizer, caption_labels, caption_tokens, load_tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # From a word's logit to the patches. The pooled features are a mean over patches, and the head is
@@ -149,7 +143,8 @@ def top_words(run: Run, logits: Tensor, number: int, lift: bool = False) -> list
     Lift is probability over frequency, the share of captions that contain the token. By lift,
     tokens less than a tenth as probable as the best are left out: their lift would be noise.
     """
-    p, frequency = log_probabilities(run, logits).exp(), run.idf.df / run.idf.n.clamp(min=1)
+    p = run.objective.log_probabilities(logits).exp()
+    frequency = run.idf.df / run.idf.n.clamp(min=1)
     lifts = torch.where(frequency > 0, p / frequency, 0.0)
     best = (lifts if lift else p).argsort(descending=True)
     best = (best[p[best] > p.max() / 10] if lift else best)[:number].tolist()
@@ -158,7 +153,8 @@ def top_words(run: Run, logits: Tensor, number: int, lift: bool = False) -> list
 
 def word_weights(run: Run, text: str) -> Tensor:
     """Weights [V] of a text's tokens: IDF, scaled to sum to one; UserError if none has any."""
-    weights = evaluation.token_bags(run.idf, [caption_labels(text, run.tokenizer)]).to_dense()[0]
+    labels = data.caption_labels(text, run.tokenizer)
+    weights = evaluation.token_bags(run.idf, [labels]).to_dense()[0]
     if not weights.any():
         raise UserError(f"'{text}' has no token that occurs in some captions, but not in all")
     return weights.to(run.idf.df.device)
@@ -169,34 +165,45 @@ def spell(token: int, tokenizer) -> str:
 
     Pieces are never joined: a bag of tokens has no order, so a joined word would be a guess.
     """
+    if hasattr(tokenizer, "spell"):  # it knows better
+        return tokenizer.spell(token)
     text = tokenizer.decode([token])
-    if isinstance(tokenizer, ClipTokenizer):  # only the last piece of a word ends in a blank
-        return text.strip() + ("" if text.endswith(" ") else "-")
     first = tokenizer.encode_ordinary(" a")
     after = tokenizer.decode([*first, token])[len(tokenizer.decode(first)) :]
     whole = caption_tokens(text, tokenizer) == [token] or not after[:1].isalpha()
     return (text.strip() or "(blank)") if whole else f"-{after}"
 
 
-def show_words(args: argparse.Namespace) -> list:
+def show_words(argv: list[str]) -> list:
     """The top words of images, and the patches that they come from."""
-    run = load(args.run, args.device, (*runs.HEADS, "caption"))
+    parser = make_parser("eval.py words", show_words.__doc__, of_a_run=True)
+    add = parser.add_argument
+    add("image", type=Path, nargs="*", help="image files, instead of a source")
+    add("--number", type=number(int, 1), default=4, help="samples of a source")
+    add("--word", action="append", help="map this text, not the top words; may be repeated")
+    add("--lift", action="store_true", help="rank words by probability over frequency")
+    add("--at", default="input", choices=tuple(SHARES), help="split there in the encoder")
+    args = parser.parse_args(argv)
+    if args.out.resolve() in map(Path.resolve, args.image):
+        raise UserError(f"--out {args.out} is one of the images: name another file")
     if args.image and args.data:
         raise UserError("give images or --data, not both")
-    files = sources.Files([(path, None, None, None) for path in args.image], None)
+    run = load(args, or_texts=True)
+    files = data.Files([(path, None, None, None) for path in args.image], None)
     source, limit = (files, None) if args.image else (run_source(run, args.data), args.number)
     views = [Prepare(CenterCrop(size)) for size in (TILE, run.config.image_size)]
     samples, _ = gather(itertools.chain(*source.once(0, 1, 256, limit)), *views)
-    if run.config.objective == "caption":
+    if not run.objective.has_words:
         return show_captions(args, run, samples)
     asked = [(text, word_weights(run, text)) for text in args.word or ()]
     rows = []
     for _, raw, picture, view in samples:
-        images = data.normalize(view.image[None].to(run.idf.df.device))
+        images = normalize(view.image[None].to(run.idf.df.device))
         with torch.inference_mode():
             logits = run.model.head(run.model.norm(run.model.features(images)))[0].float()  # [V]
         words = top_words(run, logits, 6, args.lift)
-        ids, log_p = torch.arange(len(logits)).to(logits.device), log_probabilities(run, logits)
+        ids = torch.arange(len(logits), device=logits.device)
+        log_p = run.objective.log_probabilities(logits)
         cells = [(pixels(picture), []), (functools.partial(draw_bars, words, args.lift), [])]
         for text, weights in asked or [(w.text, (ids == w.id).float()) for w in words[:3]]:
             shares, _ = SHARES[args.at](run.model, images, weights)
@@ -236,15 +243,15 @@ def draw_map(picture: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def show_captions(args: argparse.Namespace, run: Run, samples: list) -> list:
+def show_captions(args: Namespace, run: Run, samples: list) -> list:
     """Images with the texts that a language model generates for them."""
     if args.word or args.lift:
         raise UserError(f"--word and --lift need a head over the vocabulary: {args.run} has none")
     cells = []
     for _, raw, picture, view in samples:
-        images = data.normalize(view.image[None].to(run.idf.df.device))
+        images = normalize(view.image[None].to(run.idf.df.device))
         asked = data.pad([caption_tokens(raw.question or "", run.tokenizer)]).to(images.device)
-        text = run.tokenizer.decode(generate(run.model, images, asked)[0]).strip() or "(empty)"
+        text = run.objective.answer(run, images, asked)[0] or "(empty)"
         name = f"{raw.question or ''} {name_of(raw)}".strip()
         cells.append((pixels(picture), [(text, INK), (name, GREY)]))
         print(f"{name}: {text}")
@@ -302,21 +309,23 @@ def sheet(title: str, about: str, rows: list, columns: int, out: Path):
                 look = {"color": colour, "size": 9, "va": "top", "linespacing": 1.25}
                 axes.text(0, 1 + (5 + 32 * i) / tile, "\n".join(lines), clip_on=True, **look)
         grid = grid[math.ceil(len(cells) / columns) :]
-    page.savefig(out)
+    save(page, out)
 
 
-def load(folder: Path, device: str, objectives: tuple[str, ...] = runs.HEADS) -> Run:
-    """A run of one of the objectives, by default those with a head over the vocabulary."""
-    objective = runs.read_config(folder).objective
-    if objective not in objectives:
-        raise UserError(f"{folder} has no head over a vocabulary: its objective is {objective}")
-    return runs.load_run(folder, runs.pick_device(device))
+def load(args: Namespace, or_texts: bool = False) -> Run:
+    """A run with a head over the vocabulary, or, if `or_texts`, one that answers in texts."""
+    run = evaluation.load_run(args.run, evaluation.pick_device(args.device))
+    answers = or_texts and hasattr(run.objective, "answer")
+    if not (run.objective.has_words or answers):
+        objective = f"its objective is {run.config.objective}"
+        raise UserError(f"{args.run} has no head over a vocabulary: {objective}")
+    return run
 
 
 def run_source(run: Run, spec: str | None):
     """The source that --data names, or the run's validation data, or what it trained on."""
     config = run.config
-    return sources.load_source(spec or config.val_data or config.data, "val", config.data_root)
+    return data.load_source(spec or config.val_data or config.data, "val", config.data_root)
 
 
 def gather(samples: Iterable[tuple], *prepares: Prepare) -> tuple[list[tuple], list[BadSample]]:
@@ -337,15 +346,15 @@ def gather(samples: Iterable[tuple], *prepares: Prepare) -> tuple[list[tuple], l
     return good, bad
 
 
-def name_of(raw: sources.Raw) -> str:
+def name_of(raw: Raw) -> str:
     """The caption of a sample; if it has none, the name of its image file."""
     try:
-        return sources.read_caption(raw.caption)
+        return data.read_caption(raw.caption)
     except BadSample:
         return raw.image.name if isinstance(raw.image, Path) else ""
 
 
-def pixels(sample: sources.Sample) -> np.ndarray:
+def pixels(sample: data.Sample) -> np.ndarray:
     return sample.image.permute(1, 2, 0).numpy()
 
 
@@ -360,19 +369,24 @@ def search(run: Run, source, texts: list[str]) -> tuple[Tensor, list]:
     scores, places = [], []
     stream = evaluation.good_batches(run, source, evaluation.BATCH)
     for batch in tqdm(stream, unit=f" x {evaluation.BATCH} images", leave=False):
-        features = run.model.features(data.normalize(batch.images))
+        features = run.model.features(normalize(batch.images))
         scores.append(evaluation.score_bags(run, features, bags))
         places += batch.places
     return torch.cat(scores), places
 
 
-def show_search(args: argparse.Namespace) -> list:
+def show_search(argv: list[str]) -> list:
     """The best images of a source for each text."""
-    run, rows = load(args.run, args.device), []
+    parser = make_parser("eval.py search", show_search.__doc__, of_a_run=True)
+    add = parser.add_argument
+    add("text", nargs="+", help="what to look for; several texts, several answers")
+    add("--number", type=number(int, 1), default=6, help="images for each text")
+    args = parser.parse_args(argv)
+    run, rows = load(args), []
     source = run_source(run, args.data)
     scores, places = search(run, source, args.text)
     best = scores.topk(min(args.number, len(scores)), dim=0).indices  # [number, Q]
-    if isinstance(source, sources.Shards):  # read a shard with several hits only once
+    if hasattr(source, "read"):  # read a shard with several hits only once
         source.read = functools.lru_cache(maxsize=1)(source.read)
     hits = ((place, source.raw(place)) for place in sorted({places[i] for i in best.flatten()}))
     samples, _ = gather(hits, Prepare(CenterCrop(TILE)))  # reports files that are gone by now
@@ -394,10 +408,14 @@ def show_search(args: argparse.Namespace) -> list:
 # Curves. A point is (panel, line, images seen, value, deviation).
 
 
-def show_curves(args: argparse.Namespace) -> dict[str, dict]:
+def show_curves(argv: list[str]) -> dict[str, dict]:
     """Loss, speed and scores of runs over the images seen."""
+    parser = make_parser("eval.py curves", show_curves.__doc__)
+    add = parser.add_argument
+    add("run", type=Path, nargs="+", help="folders of runs")
+    args = parser.parse_args(argv)
     panels, numbers, legend, axes = {}, {}, {}, None
-    for title, line, *point in (final_points if args.final else curve_points)(args.run):
+    for title, line, *point in curve_points(args.run):
         panels.setdefault(title, {}).setdefault(line, []).append(tuple(point))
         numbers.setdefault(line, len(numbers))
     if not panels:
@@ -416,14 +434,10 @@ def show_curves(args: argparse.Namespace) -> dict[str, dict]:
             print(f"{line}: {title} {y[-1]:.4g} after {x[-1]:,} images")
         if 0.1 < axes.dataLim.y1 <= 1:  # scores, not learning rates
             axes.set_ylim(0, 1.05)
-        if args.final:
-            axes.set_xscale("log")
-            axes.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
-            axes.minorticks_off()
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("images seen", size=8)
     page.legend(legend.values(), legend, loc="outside lower center", ncols=3)
-    page.savefig(args.out)
+    save(page, args.out)
     return panels
 
 
@@ -431,46 +445,33 @@ def curve_points(folders: list[Path]) -> Iterator[tuple]:
     """Training and all evaluations of runs; a line is a run."""
     titles = {"loss": "loss", "lr": "learning rate", "images_per_s": "images a second"}
     for folder in folders:
-        batch_size = runs.read_config(folder).batch_size
-        for line in runs.read_jsonl(folder / "metrics.jsonl"):
+        batch_size = evaluation.read_config(folder).batch_size
+        for line in evaluation.read_jsonl(folder / "metrics.jsonl"):
             for key, title in titles.items():
                 yield title, str(folder), line["samples"], line[key], 0
-        for row in runs.own_rows(folder):
+        for row in evaluation.own_rows(folder):
             name = f"{evaluation.task_name(row)} {row.get('attribute', '')}".strip()
             scores = {f"{name} {key}": row[key] for key in row if isinstance(row[key], float)}
             for title, value in ({name: row["top1"]} if "top1" in row else scores).items():
                 yield title, str(folder), row["step"] * batch_size, value, 0
 
 
-def final_points(folders: list[Path]) -> Iterator[tuple]:
-    """Final scores of whole runs, as in the paper's Figure 2: means over the seeds of a group.
-
-    A line is an objective and a model.
-    """
-    names = {}
-    for name, group in evaluation.grouped(folders).items():
-        config, scores = group[0]
-        line = f"{config.objective} {config.model}"
-        other = names.setdefault((line, config.samples), name)
-        if other != name:
-            raise UserError(f"'{other}' and '{name}' would be one point: {line}, {config.samples}")
-        for task in scores:
-            values = [found[task] for _, found in group if task in found]
-            if task not in evaluation.COSTS and len(values) == len(group):
-                deviation = statistics.stdev(values) if len(values) > 1 else 0
-                yield task, line, config.samples, statistics.mean(values), deviation
-
-
-def show_data(args: argparse.Namespace) -> dict[str, list]:
+def show_data(argv: list[str] | None = None) -> dict[str, list]:
     """A source as training would see it: augmented samples, captions, labels, bad samples."""
-    source = sources.load_source(args.data, "train", args.data_root, args.class_names)
-    tokenizer = load_tokenizer(args.tokenizer, source.captions(50_000))
+    parser = make_parser("data.py", show_data.__doc__, "data.png")
+    add = parser.add_argument
+    add("data", help=f"{names('data')}, a folder, a table, .tar shards")
+    add("--number", type=number(int, 1), default=12, help="samples to draw")
+    data.add_data_flags(add)
+    args = parser.parse_args(argv)
+    source = data.load_source(args.data, "train", args.data_root, args.class_names)
+    tokenizer = data.load_tokenizer(args.tokenizer, source.captions(50_000))
     view = data.Augment(args.image_size, args.min_scale, args.flip, args.color_jitter)
-    prepare = Prepare(view, tokenizer, args.seed, args.drop_stopwords)
+    prepare = Prepare(view, tokenizer, args.seed, ("tokens",))
     samples, bad = gather(itertools.chain(*source.once(0, 1, 256, 1000)), prepare)
     captions = [name_of(raw) for _, raw, _ in samples]
-    tokens = [caption_tokens(c, tokenizer, 10**6, args.drop_stopwords) for c in captions]
-    labels = [list(dict.fromkeys(view.tokens)) for *_, view in samples]
+    tokens = [caption_tokens(c, tokenizer, 10**6) for c in captions]
+    labels = [list(dict.fromkeys(view.reads["tokens"])) for *_, view in samples]
     quantiles = [["quantiles", "least", "5%", "median", "95%", "most"]]
     for key, numbers in {
         "words of a caption": [len(caption.split()) for caption in captions],
@@ -489,8 +490,8 @@ def show_data(args: argparse.Namespace) -> dict[str, list]:
         frequent.append([spell(i.item(), tokenizer), *figures])
     cells = []
     for i in np.linspace(0, len(samples), min(args.number, len(samples)), False, dtype=int):
-        names = ", ".join(spell(token, tokenizer) for token in labels[i])
-        cells.append((pixels(samples[i][-1]), [(captions[i], INK), (names, AGAINST)]))
+        shown = ", ".join(spell(token, tokenizer) for token in labels[i])
+        cells.append((pixels(samples[i][-1]), [(captions[i], INK), (shown, AGAINST)]))
     about = f"views of {args.image_size} px as in training; captions; in blue their labels, the "
     about += f"tokens of {args.tokenizer}, where -x is a piece inside a word"
     sheet(f"{args.data}: {source}", about, [("", cells)], 6, args.out)
@@ -501,51 +502,30 @@ def show_data(args: argparse.Namespace) -> dict[str, list]:
     return {"quantiles": quantiles, "skipped": skipped, "tokens": frequent}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Look at runs and sources.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    count, adders = runs.number(int, 1), []
-    for function in (show_words, show_search, show_curves, show_data):
-        name, text = function.__name__.removeprefix("show_"), function.__doc__.splitlines()[0]
-        style = argparse.ArgumentDefaultsHelpFormatter
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=style)
-        sub.set_defaults(function=function)
-        sub.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="the picture, a PNG")
-        adders.append(sub.add_argument)
-    words, search, curves, data = adders
-    for add in (words, search):
+def make_parser(program: str, about: str, out: str = "", of_a_run=False) -> ArgumentParser:
+    """A parser with --out, and with the flags that say which run is shown what."""
+    style = ArgumentDefaultsHelpFormatter
+    parser = ArgumentParser(program, description=about, formatter_class=style)
+    add, out = parser.add_argument, out or f"{program.split()[-1]}.png"
+    add("--out", type=picture_path, default=out, help="the picture, a PNG")
+    if of_a_run:
         add("run", type=Path, help="the run's folder")
         add("--data", help="the source; default: the run's validation data, or what it trained on")
         add("--device", default="auto", help="auto, cuda, mps or cpu")
-    words("image", type=Path, nargs="*", help="image files, instead of a source")
-    words("--number", type=count, default=4, help="samples of a source")
-    words("--word", action="append", help="map this text, not the top words; may be repeated")
-    words("--lift", action="store_true", help="rank words by probability over frequency")
-    words("--at", default="input", choices=tuple(SHARES), help="split there in the encoder")
-    search("text", nargs="+", help="what to look for; several texts, several answers")
-    search("--number", type=count, default=6, help="images for each text")
-    curves("run", type=Path, nargs="+", help="folders of runs")
-    curves("--final", action="store_true", help="final scores over the length of finished runs")
-    data("data", help=f"{', '.join(sources.BUILT_IN)}, a folder, a table, .tar shards")
-    data("--number", type=count, default=12, help="samples to draw")
-    runs.add_data_flags(data)
     return parser
 
 
-def main(argv: list[str] | None = None):
-    args = make_parser().parse_args(argv)
+def picture_path(text: str) -> Path:
+    """Report a bad --out before the slow part."""
+    path = Path(text)
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise UserError(f"--out {path}: name a .png file in a folder that exists")
+    return path
+
+
+def save(page: Figure, out: Path):
     try:
-        images = {path.resolve() for path in getattr(args, "image", ())}
-        if args.out.suffix.lower() != ".png" or args.out.resolve() in images:
-            raise UserError(f"--out {args.out}: name a .png file that is none of the images")
-        if not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
-        args.function(args)
-    except (UserError, OSError) as error:  # the latter if --out cannot be written
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"the picture is {args.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()
+        page.savefig(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from None
+    print(f"the picture is {out}", file=sys.stderr)

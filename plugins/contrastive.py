@@ -1,151 +1,34 @@
-"""What the paper compares SuperClass with, and what others combine it with.
+"""CLIP, and what is built on it: an image and its caption meet in one space.
 
-`LOSSES` are the four other multi-label losses of Table 6. `CLIP` is the contrastive baseline of
-Tables 3 and 9 (Radford et al., 2021); with a locked encoder it is the locked-image tuning with
-which the paper measures zero-shot (LiT, Zhai et al., 2022), and with a head over the vocabulary
-SuperCLIP, by the same group (Zhao et al., NeurIPS 2025, arXiv 2512.14480). `ConvNet` are the
-encoders of Table 10. `supervised_loss` trains on a source's own classes: a ceiling, and fine-tuning
-(Table 12).
+    --objective clip                    the baseline of Tables 3 and 9 (Radford et al., 2021)
+    --objective lit --init RUN          a text tower for a locked encoder (Zhai et al., 2022), with
+                                        which the paper measures zero-shot
+    --objective superclip               CLIP with SuperClass's loss beside it, by the same group
+                                        (Zhao et al., NeurIPS 2025, arXiv 2512.14480)
 
 Letters in shapes:  B images (b on one process), K tokens of a caption, V vocabulary, D width of a
-tower, E joint embedding, W processes.
+tower, E joint embedding, W processes, N images of a source, C classes, M texts.
 """
 
 import math
-from collections import OrderedDict
-from itertools import takewhile
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
-import superclass
-from superclass import SIZES, Attention, Block, SuperClass, init_transformer
-
-
-class ConvNet(nn.Sequential):
-    """torchvision's network up to its last feature map; each position becomes a token."""
-
-    WIDTHS = {"resnet50": 2048, "convnext_tiny": 768}
-
-    def __init__(self, name: str):
-        # No block is left out at random, as in OpenCLIP, so results do not depend on the split.
-        options = {"stochastic_depth_prob": 0.0} if name == "convnext_tiny" else {}
-        layers = torchvision.models.get_model(name, weights=None, **options).named_children()
-        super().__init__(OrderedDict(takewhile(lambda layer: layer[0] != "avgpool", layers)))
-        self.width = self.WIDTHS[name]
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.is_cuda:  # tensor cores want the channels last
-            images = images.contiguous(memory_format=torch.channels_last)
-        return super().forward(images).flatten(2).transpose(1, 2)  # [B, D, S/32, S/32] -> [B, N, D]
-
-
-def build_encoder(name: str, image_size: int) -> nn.Module:
-    """`superclass.build_encoder`, which builds a ViT, and "resnet50" and "convnext_tiny".
-
-    ResNet-50's batch norm sees one micro-batch (on GPUs, those of all processes), so its results
-    depend on the split.
-    Raises ValueError for another name and for an image size that does not fit.
-    """
-    if name not in ConvNet.WIDTHS:
-        return superclass.build_encoder(name, image_size)
-    if image_size < 32:
-        raise ValueError(f"{name} takes images of 32 px or more")
-    return ConvNet(name)
-
-
-# Other losses (Table 6). Each takes logits [B, V] and labels [B, K], sets of token ids padded with
-# -1, and returns a float32 scalar. None of them uses IDF weights; neither does Table 6, whose 75.6
-# for softmax is Table 7's figure without IDF.
-
-
-def bce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of each token's presence: sum over V, mean over B.
-
-    -log sigmoid(x) = softplus(x) - x for the caption's tokens and -log(1 - sigmoid(x)) =
-    softplus(x) for all others: a sum over V minus the caption's logits.
-    """
-    x, is_token = caption_logits(logits, labels)
-    return (F.softplus(logits.float()).sum(dim=1) - (x * is_token).sum(dim=1)).mean()
-
-
-def soft_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """log(1 + exp(-y x)), y = 1 for the caption's tokens and -1 for others: mean over V and B.
-
-    This is torch's MultiLabelSoftMarginLoss, and `bce` divided by V. Training differs nevertheless:
-    gradient clipping affects only `bce`, AdamW's eps only this one.
-    """
-    return bce(logits, labels) / logits.shape[1]
-
-
-def asl(logits: Tensor, labels: Tensor, gamma: float = 4.0, margin: float = 0.05) -> Tensor:
-    """Asymmetric loss (Ridnik et al., 2021) with gamma+ = 0: sum over V, mean over B.
-
-    Tokens of the caption cost -log p, others -q^gamma log(1 - q) with q = max(p - margin, 0), so
-    tokens that are clearly absent stop contributing.
-    """
-
-    def absent(x: Tensor) -> Tensor:
-        q = (x.sigmoid() - margin).clamp(min=0)
-        return -(q**gamma) * (1 - q).log()
-
-    x, is_token = caption_logits(logits, labels)
-    present = (-F.logsigmoid(x) - absent(x)) * is_token
-    return (absent(logits.float()).sum(dim=1) + present.sum(dim=1)).mean()
-
-
-def two_way(logits: Tensor, labels: Tensor, t_pos: float = 4.0, t_neg: float = 1.0) -> Tensor:
-    """Two-way multi-label loss (Kobayashi, CVPR 2023) with its published temperatures.
-
-        softplus(t_neg logsumexp_neg(x / t_neg) + t_pos logsumexp_pos(-x / t_pos))
-
-    over negatives and positives: once over the tokens of each image, and once over the images for
-    each token that occurs. The means of both are added. The second term sees the whole global
-    batch: each process sends two rows of V numbers.
-    """
-    V = logits.shape[1]
-    padded = torch.zeros(len(labels), V + 1, dtype=torch.bool, device=labels.device)
-    is_positive = padded.scatter(1, labels.masked_fill(labels < 0, V), True)[:, :V]
-    negatives = (logits.float() / t_neg).masked_fill(is_positive, -torch.inf)  # [B, V]
-    positives = (-logits.float() / t_pos).masked_fill(~is_positive, -torch.inf)  # [B, V]
-
-    by_image = torch.stack([negatives.logsumexp(dim=1), positives.logsumexp(dim=1)])  # [2, B]
-    by_token = torch.stack([negatives.logsumexp(dim=0), positives.logsumexp(dim=0)])  # [2, V]
-    by_token = gather(by_token).logsumexp(dim=0)  # [W, 2, V] -> [2, V]
-    loss = 0.0
-    for lse_neg, lse_pos in (by_image, by_token):
-        occurs = lse_pos > -torch.inf
-        margin = t_neg * lse_neg[occurs] + t_pos * lse_pos[occurs]
-        loss = loss + F.softplus(margin).sum() / occurs.sum().clamp(min=1)
-    return loss
-
-
-LOSSES = {"bce": bce, "asl": asl, "soft_margin": soft_margin, "two_way": two_way}
-
-
-def caption_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits [B, K] of each caption's tokens, in float32, and a mask [B, K] without padding."""
-    is_token = labels >= 0
-    return logits.gather(1, labels.masked_fill(~is_token, 0)).float(), is_token
-
-
-def supervised_loss(logits: Tensor, targets: Tensor, sizes: list[int]) -> Tensor:
-    """Cross-entropy on a source's own classes, the mean over its attributes.
-
-    Args:
-        logits: [B, C], the classes of all attributes side by side.
-        targets: [B, A], a class for each attribute; -1 where there is no label: zero loss.
-        sizes: the number of classes of each attribute; they sum to C.
-    """
-    losses = [
-        F.cross_entropy(x, y, ignore_index=-1, reduction="sum") / len(x)
-        for x, y in zip(logits.float().split(sizes, dim=1), targets.T, strict=True)
-    ]
-    return sum(losses) / len(losses)
+from data import caption_tokens, pad
+from superclass import (
+    SIZES,
+    Attention,
+    Block,
+    Objective,
+    SuperClass,
+    init_transformer,
+    superclass_loss,
+)
 
 
 class CausalAttention(Attention):
@@ -286,3 +169,66 @@ def gather(x: Tensor) -> Tensor:
     if not dist.is_initialized():
         return x[None]
     return torch.stack(torch.distributed.nn.all_gather(x.contiguous()))
+
+
+# ------------------------------------------------------------------------------------------------
+# The objectives.
+
+
+class ContrastiveObjective(Objective):
+    """CLIP."""
+
+    reads, prompts = ("tokens",), ("a {}", "a photo of a {}", "a picture of the {}")
+    whole_batch, weighted, has_words = True, False, False
+    model = CLIP
+
+    def build(self, encoder: nn.Module, config) -> CLIP:
+        return self.model(encoder, build_text_tower(config.model, config.vocab_size))
+
+    def loss(self, outputs: tuple, batch, weights: Tensor) -> Tensor:
+        return contrastive_loss(*outputs)
+
+    def classify(self, run, features: Tensor, texts: list[list[str]]) -> Tensor:
+        """Scores [N, C]: the cosine of an image and the mean of a class's texts (section 4)."""
+        tokens = [[caption_tokens(text, run.tokenizer) for text in of_class] for of_class in texts]
+        classes = torch.stack([embed_texts(run.model, few).mean(dim=0) for few in tokens])
+        return embed_features(run, features) @ F.normalize(classes, dim=1).T
+
+    def score_captions(self, run, features: Tensor, tokens: list[list[int]]) -> Tensor:
+        """Scores [N, M] of M captions for N images, for retrieval."""
+        return embed_features(run, features) @ embed_texts(run.model, tokens).T
+
+
+class LiTObjective(ContrastiveObjective):
+    """CLIP with a locked encoder."""
+
+    model = partial(CLIP, locked=True)
+
+    def check(self, config, source):
+        if not config.init:
+            raise ValueError("--objective lit needs a trained encoder to lock: name it with --init")
+
+
+class SuperCLIPObjective(ContrastiveObjective):
+    """Both losses, with the paper's lambda of 1."""
+
+    tasks = ("head", *ContrastiveObjective.tasks)
+    weighted = has_words = True
+    model = SuperCLIP
+
+    def loss(self, outputs: tuple, batch, weights: Tensor) -> Tensor:
+        contrast, logits = outputs
+        return contrastive_loss(*contrast) + superclass_loss(logits, batch.labels, weights)
+
+
+@torch.inference_mode()
+def embed_features(run, features: Tensor) -> Tensor:
+    """Pooled features [N, D] -> unit vectors [N, E], on the CPU."""
+    return run.model.embed_images(features.to(run.idf.df.device)).cpu()
+
+
+@torch.inference_mode()
+def embed_texts(model: CLIP, tokens: list[list[int]], batch: int = 256) -> Tensor:
+    """Token ids of M texts -> unit vectors [M, E], on the CPU."""
+    pieces = (pad(tokens[i : i + batch]) for i in range(0, len(tokens), batch))
+    return torch.cat([model.embed_texts(ids.to(model.log_scale.device)).cpu() for ids in pieces])

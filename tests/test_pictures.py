@@ -1,5 +1,6 @@
-"""The commands of show.py on a small run, and the two splits of a logit."""
+"""Words, search, curves and data on a small run, and the two splits of a logit."""
 
+import argparse
 import json
 import tarfile
 
@@ -8,21 +9,25 @@ import pytest
 import torch
 from PIL import Image
 
-import show
-from baselines import build_encoder
-from eval import extract, score_bags, token_bags
-from run import Run, build_model, fingerprint, read_config
-from show import Held, input_shares, output_shares, search, top_words
-from sources import load_source
-from superclass import IDF, SuperClass, ViT
-from tests.conftest import caption, make_pairs, make_shards, picture
-from tokenizer import (
-    ClipTokenizer,
-    caption_labels,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_config,
+import data as module
+import eval as evaluation
+from data import caption_labels, load_source, load_tokenizer, save_tokenizer
+from eval import (
+    Run,
+    build_model,
+    extract,
+    fingerprint,
+    load_run,
+    open_objective,
+    read_config,
+    score_bags,
+    token_bags,
 )
+from plugins import UserError, find, pictures
+from plugins.clip_bpe import ClipTokenizer
+from plugins.pictures import Held, input_shares, output_shares, search, top_words
+from superclass import IDF, SuperClass, ViT, build_encoder
+from tests.conftest import caption, make_pairs, make_shards, picture
 
 CAPTIONS = [caption(i) for i in range(24)]
 
@@ -37,23 +42,24 @@ def save_run(folder, **changes):
     config = {"objective": "superclass", "loss": "softmax", "model": "XXS/8", "image_size": 32}
     config |= {"vocab_size": tokenizer.n_vocab, "data": str(folder / "pairs"), "val_data": None}
     config |= {"data_root": "data", "class_names": None, "batch_size": 8, "samples": 16, "seed": 0}
-    config |= {"init": None, "lr": 1e-3, "lm": None, "lm_shape": None, "prefix": "patches"}
-    config |= {"grad_checkpointing": False}
-    config |= tokenizer_config(tokenizer) | changes
+    config |= {"init": None, "lr": 1e-3, "lm_shape": None, "grad_checkpointing": False}
+    content, settings = save_tokenizer(tokenizer)
+    config |= settings | changes
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.tiktoken").write_bytes(save_tokenizer(tokenizer))
+    (folder / "tokenizer.tiktoken").write_bytes(content)
     config = read_config(folder)
     torch.manual_seed(0)
-    model, idf = build_model(config).eval(), IDF(tokenizer.n_vocab)
+    objective = open_objective(config)
+    model, idf = build_model(objective, config).eval(), IDF(tokenizer.n_vocab)
     labels = [caption_labels(text, tokenizer) for text in CAPTIONS]
     targets = torch.zeros(24, tokenizer.n_vocab)
     for row, ids in zip(targets, labels, strict=True):
         idf.update(torch.tensor([ids]))
         row[ids] = 1.0
     source = load_source(str(make_pairs(folder / "pairs")))
-    if hasattr(model, "head"):
+    if objective.has_words:
         with torch.no_grad():
-            run = Run(folder, config, tokenizer, model, idf, 0)
+            run = Run(folder, config, objective, tokenizer, model, idf, 0)
             x = model.norm(extract(run, source, workers=0)[0])
             wanted = torch.where(targets > 0, 5.0, -5.0)
             penalty = 0.1 * torch.eye(x.shape[1])
@@ -76,7 +82,7 @@ def save_run(folder, **changes):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, device):
     """A run that the commands find on the CPU, and take to --device."""
-    return save_run(tmp_path_factory.mktemp("show") / "run")
+    return save_run(tmp_path_factory.mktemp("pictures") / "run")
 
 
 @pytest.fixture(autouse=True)
@@ -85,15 +91,24 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def ask(*flags):
+SHOW = {"words": pictures.show_words, "search": pictures.show_search}
+SHOW |= {"curves": pictures.show_curves, "data": pictures.show_data}
+
+
+def ask(name, *flags):
     """What the function of a command returns."""
-    args = show.make_parser().parse_args([str(flag) for flag in flags])
-    return args.function(args)
+    return SHOW[name](list(map(str, flags)))
+
+
+def command(name, *flags):
+    """python eval.py words|search|curves, or python data.py."""
+    flags = list(map(str, flags))
+    module.main(flags) if name == "data" else evaluation.main([name, *flags])
 
 
 def refused(capsys, *flags) -> str:
     with pytest.raises(SystemExit) as stop:
-        show.main([str(flag) for flag in flags])
+        command(*flags)
     assert stop.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()  # a progress bar may come before
     return line
@@ -104,7 +119,7 @@ def refused(capsys, *flags) -> str:
 
 
 def test_pieces_stand_as_pieces(run):
-    loaded = show.load(run, "cpu")
+    loaded = load_run(run)
     encode, V = loaded.tokenizer.encode_ordinary, loaded.tokenizer.n_vocab
     blue = encode(" blue")
     assert len(blue) == 2
@@ -119,16 +134,16 @@ def test_pieces_stand_as_pieces(run):
 
 
 def test_every_token_has_a_name(run):
-    tokenizer = show.load(run, "cpu").tokenizer
+    tokenizer = load_run(run).tokenizer
     blank, inner = tokenizer.encode_ordinary(" \x07")[0], tokenizer.encode_ordinary("q")[-1]
-    assert show.spell(blank, tokenizer) == "(blank)" and show.spell(inner, tokenizer) == "-q"
+    assert [pictures.spell(token, tokenizer) for token in (blank, inner)] == ["(blank)", "-q"]
     ranks = {bytes([b]): b for b in range(256)} | {bytes([b, 32]): 256 + b for b in range(256)}
     clip = ClipTokenizer(
         "clip", pat_str="[^ ]+ ", mergeable_ranks=ranks | {b"ca": 512}, special_tokens={}
     )
-    assert [show.spell(token, clip) for token in clip.encode_ordinary("cat")] == ["ca-", "t"]
+    assert [pictures.spell(token, clip) for token in clip.encode_ordinary("cat")] == ["ca-", "t"]
     words = load_tokenizer("words:3", CAPTIONS)
-    assert show.spell(words.encode_ordinary("picture")[0], words) == "picture"
+    assert pictures.spell(words.encode_ordinary("picture")[0], words) == "picture"
 
 
 def test_pieces_of_hugging_face_tokenizers_are_marked(tmp_path):
@@ -139,18 +154,18 @@ def test_pieces_of_hugging_face_tokenizers_are_marked(tmp_path):
     model.decoder = tokenizers.decoders.WordPiece()
     model.save(str(tmp_path / "t.json"))
     tokenizer = load_tokenizer(str(tmp_path / "t.json"))
-    assert [show.spell(i, tokenizer) for i in (2, 3)] == ["red", "-dish"]
+    assert [pictures.spell(i, tokenizer) for i in (2, 3)] == ["red", "-dish"]
 
 
 def test_a_run_at_its_start_has_words_too(run):
-    loaded = show.load(run, "cpu")
+    loaded = load_run(run)
     untrained = loaded._replace(idf=IDF(loaded.tokenizer.n_vocab))
     logits = torch.arange(loaded.tokenizer.n_vocab) / 100
     assert len(top_words(untrained, logits, 5)) == 5
 
 
 def test_lift_ranks_by_frequency_too(run):
-    loaded = show.load(run, "cpu")
+    loaded = load_run(run)
     often, seldom = (loaded.tokenizer.encode_ordinary(f" {word}")[0] for word in ("a", "red"))
     logits = torch.full((loaded.tokenizer.n_vocab,), -9.0)
     logits[often], logits[seldom] = 1.0, 0.8
@@ -189,20 +204,20 @@ def test_words_of_files(run, capsys, tmp_path, flags):
         assert [text.split("  ")[1] for _, texts in cells for text, _ in texts] == asked
     heights = []
     for more in ([], ["--word", "red"] * 4):
-        show.main(["words", str(run), str(files[0]), *more])
+        command("words", run, files[0], *more)
         with Image.open(tmp_path / "words.png") as image:
             heights.append(image.height)
     assert heights[1] > heights[0] + 100  # a fourth map starts another row
 
 
 def test_figures_stay_beside_their_bars(run):
-    loaded = show.load(run, "cpu")
+    loaded = load_run(run)
     V = loaded.tokenizer.n_vocab
     words = top_words(loaded._replace(idf=IDF(V)), torch.arange(V) / 10, 6)
-    page = show.Figure((9, 3), dpi=100)
+    page = pictures.Figure((9, 3), dpi=100)
     axes = page.add_axes((0.2, 0.1, 167 / 900, 167 / 300), xlim=(0, 1), ylim=(1, 0))
     axes.set_axis_off()
-    show.draw_bars([word._replace(lift=12176.5) for word in words], True, axes)
+    pictures.draw_bars([word._replace(lift=12176.5) for word in words], True, axes)
     page.canvas.draw()
     box = axes.get_window_extent()
     assert all(text.get_window_extent().x1 <= box.x1 for text in axes.texts)
@@ -210,7 +225,7 @@ def test_figures_stay_beside_their_bars(run):
 
 def test_maps_are_coloured_where_the_shares_are():
     picture = np.full((8, 8, 3), 128, dtype=np.uint8)
-    colours = show.draw_map(picture, np.array([1.0, 0, -0.5, 0]))
+    colours = pictures.draw_map(picture, np.array([1.0, 0, -0.5, 0]))
     assert colours[0, 0, 0] > colours[0, 0, 2] and colours[7, 0, 0] < colours[7, 0, 2]
     assert (colours[4] == 1).all() and (colours[:, 4] == 1).all()  # lines between patches
     assert np.ptp(np.delete(colours, 4, axis=0)[:, 5:]) == 0
@@ -218,9 +233,9 @@ def test_maps_are_coloured_where_the_shares_are():
 
 def test_texts_of_a_cell_do_not_reach_the_next(monkeypatch, tmp_path):
     pages = []
-    monkeypatch.setattr(show.Figure, "savefig", lambda page, out: pages.append(page))
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda page, out: pages.append(page))
     square = np.zeros((8, 8, 3))
-    show.sheet("t", "a", [("", [(square, [("W" * 99, "k")]), (square, [])])], 6, tmp_path / "a")
+    pictures.sheet("t", "a", [("", [(square, [("W" * 99, "k")]), (square, [])])], 6, tmp_path / "a")
     axes = pages[0].axes[0]
     (text,) = axes.texts
     assert text.get_clip_on() and text.get_window_extent().x1 > axes.bbox.x1
@@ -228,10 +243,11 @@ def test_texts_of_a_cell_do_not_reach_the_next(monkeypatch, tmp_path):
 
 
 def test_a_sigmoid_head_has_probabilities_of_its_own(run):
-    loaded = show.load(run, "cpu")
+    loaded = load_run(run)
     loaded.config.loss = "bce"
     logits = torch.linspace(-2, 2, loaded.tokenizer.n_vocab)
-    (word,) = top_words(loaded._replace(idf=IDF(len(logits))), logits, 1)
+    untrained = loaded._replace(objective=open_objective(loaded.config), idf=IDF(len(logits)))
+    (word,) = top_words(untrained, logits, 1)
     assert word.probability == pytest.approx(logits.sigmoid().max().item())
 
 
@@ -254,7 +270,7 @@ def test_search_finds(run, capsys, tmp_path, make):
 
 
 def test_search_scores_as_zeroshot_does(run):
-    loaded, source = show.load(run, "cpu"), load_source(str(run / "pairs"))
+    loaded, source = load_run(run), load_source(str(run / "pairs"))
     texts = ["red picture", "blue"]
     bags = token_bags(loaded.idf, [caption_labels(text, loaded.tokenizer) for text in texts])
     expected = score_bags(loaded, extract(loaded, source, workers=0)[0], bags)
@@ -283,7 +299,7 @@ def test_an_image_that_vanishes_during_a_search_is_skipped(run, capsys, tmp_path
         (data / "000.png").unlink()
         return result
 
-    monkeypatch.setattr(show, "search", search_and_delete)
+    monkeypatch.setattr(pictures, "search", search_and_delete)
     ((_, cells),) = ask("search", run, "red", "--data", data, "--number", "24")
     assert len(cells) == 23
     assert "skipped 1 x missing image" in capsys.readouterr().err
@@ -317,11 +333,10 @@ def test_words_of_a_language_model_are_captions(capsys, tmp_path, device):
 
 @pytest.mark.parametrize("objective", ["clip", "lit", "supervised"])
 @pytest.mark.parametrize("command", [["words"], ["search", "red"]])
-def test_runs_without_a_head_over_words_are_refused(run, capsys, tmp_path, objective, command):
-    config = json.loads((run / "config.json").read_text()) | {"objective": objective}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_runs_without_a_head_over_words_are_refused(capsys, tmp_path, objective, command):
+    folder = save_run(tmp_path / "run", objective=objective, classes={"class": [["a"], ["b"]]})
     name, *text = command
-    assert f"objective is {objective}" in refused(capsys, name, tmp_path, *text)
+    assert f"objective is {objective}" in refused(capsys, name, folder, *text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -343,39 +358,6 @@ def test_curves_of_runs(run, tmp_path, capsys):
     assert "zeroshot class 0.5 after 16 images" in capsys.readouterr().out
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width == 900
-
-
-def test_final_scores_are_means_over_seeds(run, capsys, tmp_path):
-    folders, scores = [], {("superclass", 16): (0.5, 0.7), ("superclass", 32): (0.8, 0.8)}
-    scores |= {("clip", 16): (0.3, 0.4), ("clip", 32): (0.6, 0.5)}
-    for (objective, samples), values in scores.items():
-        for seed, score in enumerate(values):
-            folder = tmp_path / f"{objective}-{samples}-{seed}"
-            folder.mkdir()
-            config = json.loads((run / "config.json").read_text())
-            config |= {"objective": objective, "samples": samples, "seed": seed}
-            (folder / "config.json").write_text(json.dumps(config))
-            step = samples // 8
-            line = {"step": step, "samples": samples, "images_per_s": 9.0, "step_s": 1.0}
-            (folder / "metrics.jsonl").write_text(json.dumps(line | {"peak_mb": None}) + "\n")
-            row = {"step": step, "task": "zeroshot", "attribute": "class", "top1": score}
-            (folder / "eval.jsonl").write_text(json.dumps(row) + "\n")
-            folders.append(folder)
-    panels = ask("curves", *folders, "--final", "--out", "s.png")
-    deviation = np.std([0.5, 0.7], ddof=1)
-    expected = {"superclass XXS/8": [(16, 0.6, deviation), (32, 0.8, 0)]}
-    expected["clip XXS/8"] = [(16, 0.35, deviation / 2), (32, 0.55, deviation / 2)]
-    assert panels.keys() == {"zeroshot"} and panels["zeroshot"].keys() == expected.keys()
-    for line, points in panels["zeroshot"].items():
-        np.testing.assert_allclose(points, expected[line], atol=1e-9)
-    assert (tmp_path / "s.png").exists()
-    folders[0].rename(tmp_path / "other-0")
-    other = [tmp_path / "other-0", folders[1]]
-    assert "would be one point" in refused(capsys, "curves", "--final", *other)
-    (folders[1] / "eval.jsonl").write_text("")
-    assert "nothing to draw" in refused(capsys, "curves", "--final", folders[1])
-    (folders[1] / "metrics.jsonl").write_text("")
-    assert "is not finished" in refused(capsys, "curves", "--final", folders[1])
 
 
 def test_data_of_a_folder(capsys, tmp_path):
@@ -425,7 +407,7 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     both = refused(capsys, "words", run, tmp_path / "good.png", "--data", "shapes")
     assert "not both" in both
     with pytest.raises(SystemExit):
-        show.main(["data", "shapes", "--min-scale", "2"])
+        command("data", "shapes", "--min-scale", "2")
     assert "must be from 0 to 1, not 2" in capsys.readouterr().err
     tarfile.open(tmp_path / "none.tar", "w").close()
     assert refused(capsys, "data", tmp_path / "none.tar").endswith("no image found in 0 samples")
@@ -437,11 +419,20 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     assert "nothing to draw" in refused(capsys, "curves", tmp_path / "blank")
 
 
-def test_the_flags_stay_few():
-    (commands,) = (a for a in show.make_parser()._actions if a.dest == "command")
-    options = [a.option_strings for sub in commands.choices.values() for a in sub._actions]
-    flags = {(i, name) for i, names in enumerate(options) for name in names if name[:2] == "--"}
-    assert len(flags) - len(commands.choices) <= 24  # each command has --help, too
+def test_the_flags_stay_few(monkeypatch):
+    parsers = []
+
+    def stop(parser, argv):
+        parsers.append(parser)
+        raise UserError("no further")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    for name in SHOW:
+        with pytest.raises(UserError, match="no further"):
+            ask(name)
+    options = [name for p in parsers for action in p._actions for name in action.option_strings]
+    flags = [name for name in options if name[:2] == "--" and name != "--help"]
+    assert len(parsers) == len(SHOW) and 20 < len(flags) <= 24
 
 
 # ------------------------------------------------------------------------------------------------
@@ -503,7 +494,8 @@ def test_shares_of_the_output_are_those_of_each_patch():
 @pytest.mark.parametrize("name", ["XXS/8", "resnet50", "convnext_tiny"])
 @pytest.mark.parametrize("split", [output_shares, input_shares])
 def test_shares_of_all_encoders_sum_to_the_logit(on_device, name, split):
-    model = shaken(SuperClass(build_encoder(name, 64), 20))
+    encoder = build_encoder(name, 64) if "/" in name else find("model", name)(64)
+    model = shaken(SuperClass(encoder, 20))
     images, weights = torch.randn(2, 3, 64, 64), torch.rand(2, 20)
     shares, constant = split(model, images, weights)
     assert shares.shape == (2, 64 if name == "XXS/8" else 4)

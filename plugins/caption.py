@@ -1,5 +1,10 @@
 """What a language model makes of a frozen encoder's patches: captions and answers to questions.
 
+    --objective caption --init RUN             one prefix vector from each patch (LLaVA-1.5)
+    --objective clipcap --init RUN             ten from the mean over the patches (ClipCap)
+    --objective clipcap:GPT2.bin --init RUN    into a published GPT-2, which stays frozen (Table 3)
+    python eval.py caption RUN                 generates texts and compares them by CIDEr
+
 The paper also measures encoders through a language model, by ClipCap (Table 3) and by LLaVA (Tables
 4 to 11). Both share one idea: a projector turns the locked encoder's output into prefix vectors
 (`Captioner`), which a causal language model (`LanguageModel`, `load_gpt2`) continues. It reads
@@ -13,7 +18,10 @@ Letters in shapes:  B images, S image size, N patches, P prefix vectors, D and E
 and language model, Q tokens of a question, K of an answer, L of both and the mark, V vocabulary.
 """
 
-from collections import OrderedDict
+import json
+import math
+import re
+from collections import Counter, OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines import CausalAttention
-from superclass import Block, SuperClass, init_transformer
-from tokenizer import UserError
+import eval as evaluation
+from data import UserError, normalize
+from plugins.contrastive import TEXT_SIZES, CausalAttention
+from superclass import Block, Objective, SuperClass, init_transformer
 
 
 class LanguageModel(nn.Module):
@@ -194,3 +203,129 @@ def generate(
         logits = captioner.answer_logits(prefix, answers, questions)  # [B, K + 1, V]
         answers = torch.cat([answers, logits[:, -1:].argmax(dim=2)], dim=1)
     return [row[: row.index(end)] if end in row else row for row in answers.tolist()]
+
+
+# ------------------------------------------------------------------------------------------------
+# The objectives.
+
+
+class PatchesObjective(Objective):
+    """Captions from one prefix vector for each patch, or answers where there are questions."""
+
+    prefix, reads, tasks = "patches", ("tokens", "questions"), ("caption",)
+    weighted = has_words = False
+
+    @property
+    def gpt2(self) -> str:
+        """The file of a published language model, or nothing."""
+        return self.config.objective.partition(":")[2]
+
+    def check(self, config, source):
+        if not config.init:
+            name = config.objective.partition(":")[0]
+            raise ValueError(f"--objective {name} needs a trained encoder: name it with --init")
+        config.lm_shape = load_gpt2(self.gpt2).shape if self.gpt2 else None
+
+    def build(self, encoder: nn.Module, config) -> Captioner:
+        known = config.lm_shape and config.lm_shape[0]
+        if known and known != config.vocab_size:
+            has = f"--tokenizer {config.tokenizer} has {config.vocab_size}"
+            raise UserError(f"{self.gpt2} knows {known} tokens, {has}: use --tokenizer gpt2")
+        longest = 1 + 2 * 77  # a question, the mark and an answer
+        with torch.no_grad():
+            longest += encoder.eval()(torch.zeros(1, 3, *2 * [config.image_size])).shape[1]
+        width, depth, heads = TEXT_SIZES.get(config.model.split("/")[0], TEXT_SIZES["B"])
+        small = config.vocab_size + 1, width, depth // 2, heads, 2048  # the last id is the end mark
+        language_model = LanguageModel(*(config.lm_shape or small))
+        if longest > language_model.max_tokens:
+            most = f"the language model's {language_model.max_tokens} tokens"
+            raise ValueError(f"{most} are too few for patches, question and answer")
+        return Captioner(encoder, language_model, self.prefix, frozen_lm=bool(config.lm_shape))
+
+    def load_pretrained(self, model: Captioner, config):
+        if self.gpt2:
+            model.language_model.load_state_dict(load_gpt2(self.gpt2).state_dict())
+
+    def loss(self, outputs: Tensor, batch, weights: Tensor) -> Tensor:
+        return caption_loss(outputs, batch.reads["tokens"])
+
+    def answer(self, run, images: Tensor, questions: Tensor) -> list[str]:
+        """The generated texts for images [B, 3, S, S] and questions [B, Q], padded with -1."""
+        return [run.tokenizer.decode(ids).strip() for ids in generate(run.model, images, questions)]
+
+
+class PooledObjective(PatchesObjective):
+    """The same from ten prefix vectors for the pooled feature."""
+
+    prefix = "pooled"
+
+
+# ------------------------------------------------------------------------------------------------
+# The evaluation.
+
+
+def measure(run: evaluation.Run, val, options: dict) -> list[dict]:
+    """The row of `caption`: CIDEr of the generated texts, and the share that equals a reference.
+
+    Rows with the same pixels and question are one image with several references. The texts are
+    written to captions.jsonl in the run's folder.
+    """
+    if not isinstance(run.model, Captioner):
+        raise UserError(f"{run.folder} has no language model: train one with --objective caption")
+    decode, found, size = run.tokenizer.decode, {}, evaluation.BATCH // 4  # logits are [B, K, V]
+    given = size, options["limit"], options["workers"], run.objective.reads
+    for batch in evaluation.good_batches(run, val, *given):
+        tokens, questions = batch.reads["tokens"], batch.reads["questions"]
+        answers = run.objective.answer(run, normalize(batch.images), questions)
+        rows = zip(batch.images.cpu(), questions, tokens, answers, strict=True)
+        for image, *ids, answer in rows:
+            question, reference = (decode(row[row >= 0].tolist()).strip() for row in ids)
+            text = {"question": question, "generated": answer, "references": []}
+            key = hash((image.numpy().tobytes(), question))
+            found.setdefault(key, text)["references"].append(reference)
+    texts = list(found.values())
+    if not any(text["generated"] for text in texts):
+        raise UserError(f"all {len(texts)} generated texts are empty: train longer")
+    lines = "".join(json.dumps(text) + "\n" for text in texts)
+    evaluation.publish(lines, run.folder / "captions.jsonl")
+    score = cider([text["generated"] for text in texts], [text["references"] for text in texts])
+    exact = sum(text["generated"] in text["references"] for text in texts) / len(texts)
+    return [{"task": "caption", "images": len(texts), "cider": score, "exact": exact}]
+
+
+def main(argv: list[str]):
+    evaluation.measure_command(["caption", *argv])
+
+
+def cider(hypotheses: list[str], references: list[list[str]]) -> float:
+    """Agreement of captions with their references, 0 to 10: CIDEr-D, coco-caption's "CIDEr".
+
+    Two texts are compared by the cosine of their n-grams' tf-idf vectors, where a repeated n-gram
+    counts at most as often as in the reference, and less the more their lengths differ (Vedantam et
+    al., 2015). The score is the mean over n from 1 to 4, the references and the images, times 10;
+    papers print 100 times this number. An n-gram that all images have in their references has
+    weight 0, so a single image scores 0. Each image has one hypothesis and one or more references.
+    """
+
+    def grams(text: str) -> list[Counter]:
+        words = re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+        return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
+
+    def weigh(counts: Counter) -> dict:
+        return {gram: tf * math.log(N / max(1, df[gram])) for gram, tf in counts.items()}
+
+    def similarity(hypothesis: list[Counter], reference: list[Counter]) -> float:
+        total = 0.0
+        for h, r in zip(map(weigh, hypothesis), map(weigh, reference), strict=True):
+            dot = sum(min(weight, r.get(gram, 0)) * r.get(gram, 0) for gram, weight in h.items())
+            total += dot / (math.hypot(*h.values()) * math.hypot(*r.values()) or 1)
+        longer = hypothesis[1].total() - reference[1].total()
+        return total / 4 * math.exp(-(longer**2) / 72)
+
+    N, targets = len(references), [list(map(grams, texts)) for texts in references]
+    df = Counter(g for texts in targets for g in {g for text in texts for n in text for g in n})
+    scores = [
+        sum(similarity(grams(text), target) for target in targets_of) / len(targets_of)
+        for text, targets_of in zip(hypotheses, targets, strict=True)
+    ]
+    return 10 * sum(scores) / N

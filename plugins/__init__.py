@@ -1,0 +1,107 @@
+"""The shelf: everything that one flag switches on and the rest works without.
+
+`TABLE` says where each name of a flag lives; `find` looks a name up. A name that is not in the
+table is a file of yours: `--loss focal` is `loss` in plugins/focal.py, and no other file changes
+(docs/fork.md has an example of each kind).
+"""
+
+import importlib
+import importlib.util
+import re
+
+# flag -> what a file in this folder defines for it
+DEFINES = {
+    "data": "open_source",
+    "tokenizer": "open_tokenizer",
+    "model": "build_encoder",
+    "loss": "loss",
+    "objective": "Objective",
+    "task": "main",
+}
+
+# flag -> name -> where it is; .tar is a file with this ending, *.tar a folder that holds some
+TABLE = {
+    "data": {
+        "shapes": "plugins.shapes.open_source",
+        "cifar10": "plugins.torchsets.cifar10",
+        "cifar100": "plugins.torchsets.cifar100",
+        "fashion-mnist": "plugins.torchsets.fashion_mnist",
+        ".tar": "plugins.shards.open_source",
+        "*.tar": "plugins.shards.open_source",
+        ".csv": "plugins.tablefiles.open_source",
+        ".tsv": "plugins.tablefiles.open_source",
+        ".jsonl": "plugins.tablefiles.open_source",
+    },
+    "tokenizer": {
+        "bpe": "plugins.bpe.open_tokenizer",
+        "gpt2": "plugins.bpe.gpt2",
+        "cl100k_base": "plugins.bpe.cl100k_base",
+        "o200k_base": "plugins.bpe.o200k_base",
+        ".tiktoken": "plugins.bpe.open_saved",
+        "clip": "plugins.clip_bpe.open_tokenizer",
+        "words": "plugins.tokenizers.open_words",
+        "no-stopwords": "plugins.tokenizers.open_without_stopwords",
+        ".json": "plugins.tokenizers.open_json",
+    },
+    "model": {
+        "SIZE/PATCH": "superclass.build_encoder",
+        "resnet50": "plugins.convnets.resnet50",
+        "convnext_tiny": "plugins.convnets.convnext_tiny",
+    },
+    "loss": {
+        "softmax": "superclass.superclass_loss",
+        "bce": "plugins.sigmoid_losses.bce",
+        "asl": "plugins.sigmoid_losses.asl",
+        "soft_margin": "plugins.sigmoid_losses.soft_margin",
+        "two_way": "plugins.two_way.loss",
+    },
+    "objective": {
+        "superclass": "superclass.Objective",
+        "clip": "plugins.contrastive.ContrastiveObjective",
+        "lit": "plugins.contrastive.LiTObjective",
+        "superclip": "plugins.contrastive.SuperCLIPObjective",
+        "caption": "plugins.caption.PatchesObjective",
+        "clipcap": "plugins.caption.PooledObjective",
+        "supervised": "plugins.supervised.Objective",
+    },
+    "task": {
+        "retrieval": "plugins.retrieval.main",
+        "words": "plugins.pictures.show_words",
+        "search": "plugins.pictures.show_search",
+        "curves": "plugins.pictures.show_curves",
+        "look": "plugins.pictures.show_data",
+        "caption": "plugins.caption.main",
+        "table": "plugins.tables.main",
+    },
+}
+
+
+class UserError(Exception):
+    """A mistake of the user, reported in one sentence: what is wrong, where, and what to do."""
+
+
+class UnknownName(UserError, LookupError):
+    """There is no such name and no such file."""
+
+
+def names(flag: str) -> str:
+    """The names in the table, for help texts and messages."""
+    return ", ".join(name for name in TABLE[flag] if name[0] not in ".*")
+
+
+def find(flag: str, name: str, other: str | None = None):
+    """What `name`, up to its first colon, means to a flag.
+
+    With `other`, the value of that name in the same file instead, None if it is not there.
+    Raises UnknownName, or UserError if the file has nothing for this flag.
+    """
+    name = name.partition(":")[0]
+    module, _, attribute = TABLE[flag].get(name, f"plugins.{name}.{DEFINES[flag]}").rpartition(".")
+    # A name may come from a stranger's config.json: no file but one of this folder is imported.
+    is_file = re.fullmatch(r"\w+", name) and importlib.util.find_spec(module)
+    if name not in TABLE[flag] and not is_file:
+        raise UnknownName(f"unknown {flag} '{name}': use {names(flag)}, or a file of yours")
+    found = getattr(importlib.import_module(module), other or attribute, None)
+    if found is None and other is None:
+        raise UserError(f"{flag} '{name}': plugins/{name}.py does not define {attribute}")
+    return found
