@@ -24,6 +24,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -222,6 +224,10 @@ def pick_device(name: str) -> torch.device:
     # The same bits each time on a GPU, too, for whoever sets what cuBLAS needs for that.
     torch.use_deterministic_algorithms("CUBLAS_WORKSPACE_CONFIG" in os.environ)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
+    quota = Path("/sys/fs/cgroup/cpu.max")  # of a container, where torch counts all cores
+    if quota.exists() and "max" not in (share := quota.read_text()):
+        used, period = map(int, share.split())
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), used // period)))
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps

@@ -21,6 +21,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+# Threads that wait for one another must not spin: on a busy machine that costs most of its time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

@@ -7,6 +7,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, before torch is imported
+
 import numpy as np
 import pytest
 import torch
