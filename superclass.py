@@ -34,6 +34,15 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2).contiguous()  # [B, N, D]
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in its input's type, where torch's own would return float32 under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -68,9 +77,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,13 +131,14 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = LayerNorm(width, eps=1e-6)
         init_transformer(self)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(f"images must have {self.image_size} px, not {tuple(images.shape)}")
-        x = self.patch_embed(images) + self.pos_embed  # [B, N, D]
+        x = self.patch_embed(images)  # [B, N, D], in bf16 under autocast
+        x = x + self.pos_embed.to(x.dtype)  # float32 would make all that is added to it float32
         recompute = self.grad_checkpointing and self.training
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # [B, N, D]

@@ -194,6 +194,18 @@ def test_named_sizes_are_timms():
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
 
+def test_under_autocast_the_residual_stream_has_its_type(device, on_device):
+    """Half the bytes; parameters, their gradients and everything outside autocast are float32."""
+    encoder, images, seen = ViT(16, 8, 32, 2, 2), torch.randn(2, 3, 16, 16), []
+    for module in (encoder.blocks[0].norm1, encoder.blocks[1], encoder.norm):
+        module.register_forward_hook(lambda _, x, y: seen.extend([x[0].dtype, y.dtype]))
+    with torch.autocast(device.type, torch.bfloat16):
+        encoder(images).float().square().mean().backward()
+    assert set(seen) == {torch.bfloat16}
+    assert {p.grad.dtype for p in encoder.parameters()} == {torch.float32}
+    assert encoder(images).dtype == torch.float32
+
+
 def test_checkpointing_changes_no_gradient(on_device):
     torch.manual_seed(0)
     model, images = ViT(16, 8, 32, 2, 2), torch.randn(2, 3, 16, 16)
