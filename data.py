@@ -418,7 +418,13 @@ def to_tensor(image: Image.Image) -> Tensor:
 def normalize(images: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 with CLIP's mean and deviation, on the images' device."""
     mean, std = statistics(images.device)
-    return images.float().div_(255).sub_(mean).div_(std)  # in place: half the time
+    if images.device.type != "cpu":
+        return images.float().div_(255).sub_(mean).div_(std)  # in place: half the time
+    # The same bits by numpy: torch would wait four times for threads that loaders keep busy.
+    x = np.divide(images.numpy(), 255, dtype=np.float32)
+    x -= mean.numpy()
+    x /= std.numpy()
+    return torch.from_numpy(x)
 
 
 @functools.cache
