@@ -1,18 +1,26 @@
 """A card's speed on B/16: training steps, other models in turn, the loss, copies, the loader.
 
 python -m tests.bench_gpu                                      one GPU, bf16, about ten minutes
+python -m tests.bench_gpu --ladder --json ladder.jsonl         what each lever brings, five minutes
 python -m tests.bench_gpu --quick --model XS/8 --image-size 32 --micro-batches 8 --device cpu
 
 A step is forward, backward, clipping and AdamW on random images and captions of 16 ids out of
 49,408, as train.py makes it. The share of the peak is that of the model's FLOPs, counted by torch
 without what checkpointing recomputes, in the FLOPs of a large matrix product in the same run.
+The ladder makes the same step with one lever after the other, from what is not used any more
+("float32 stream") to what could be; its rows are in the file as soon as they are measured.
 """
 
 import argparse
+import contextlib
+import gc
+import json
 import os
+import signal
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +32,7 @@ import train
 from data import Augment, Prepare, Raw, normalize
 from eval import pick_device, pick_precision
 from plugins.contrastive import contrastive_loss
-from superclass import superclass_loss
+from superclass import LayerNorm, PatchEmbed, superclass_loss
 from tests.bench_data import photograph
 from tests.bench_step import K, Step
 
@@ -35,13 +43,17 @@ KINDS = [f"{kind}, V {V:,}" for kind in ("SuperClass", "CLIP", "OpenCLIP", "timm
 class DeviceStep(Step):
     """A model with its optimizer on the device; calling it makes one training step."""
 
-    def __init__(self, args, micro_batch: int, kind=KINDS[0], compiled=False, recompute=False):
-        super().__init__(kind, argparse.Namespace(**vars(args), batch_size=micro_batch))
-        self.model.to(args.device).encoder.grad_checkpointing = recompute
-        self.forward = torch.compile(self.model) if compiled else self.model
-        self.images = self.images.byte().to(args.device)
-        self.labels, self.weights = self.labels.to(args.device), torch.ones(V).to(args.device)
+    def __init__(self, args, micro_batch: int, kind=KINDS[0], levers=()):
+        with args.device:
+            super().__init__(kind, argparse.Namespace(**vars(args), batch_size=micro_batch))
+        self.forward, self.attention = self.model, None  # torch's own choice
+        self.images = self.images.byte()
+        self.weights = torch.ones(V, device=args.device)
         self.autocast = {"dtype": args.dtype, "enabled": args.dtype != torch.float32}
+        # On the CPU only whether it works is of interest.
+        self.backend = "inductor" if args.device.type == "cuda" else "eager"
+        for lever in levers:
+            LEVERS[lever](self)
 
     def loss(self) -> torch.Tensor:
         texts = {"CLIP": [self.labels], "OpenCLIP": [F.pad(self.labels, (0, 77 - K))]}
@@ -52,11 +64,117 @@ class DeviceStep(Step):
             return contrastive_loss(images.float(), texts.float(), scale)
         return superclass_loss(outputs, self.labels, self.weights)
 
-    def __call__(self):
-        self.loss().backward()
+    def update(self):
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def __call__(self):
+        with sdpa_kernel(self.attention) if self.attention else contextlib.nullcontext():
+            self.loss().backward()
+        self.update()
+
+
+# ------------------------------------------------------------------------------------------------
+# Levers: each changes a DeviceStep.
+
+
+def modules(step: DeviceStep, kind: type) -> list[torch.nn.Module]:
+    return [module for module in step.model.modules() if isinstance(module, kind)]
+
+
+def checkpointing(step: DeviceStep):
+    step.model.encoder.grad_checkpointing = True
+
+
+def float32_stream(step: DeviceStep):
+    """As if positions were added in float32."""
+    step.model.encoder.patch_embed.register_forward_hook(lambda _module, _in, out: out.float())
+
+
+def float32_norms(step: DeviceStep):
+    for norm in modules(step, LayerNorm):
+        norm.__class__ = torch.nn.LayerNorm
+
+
+def compiled_model(step: DeviceStep):
+    step.forward = torch.compile(step.model, backend=step.backend)
+
+
+def compiled_blocks(step: DeviceStep, **options):
+    for block in step.model.encoder.blocks:  # compiled once for all, as only their weights differ
+        block.compile(backend=step.backend, **options)
+
+
+def compiled_loss(step: DeviceStep):
+    """Normalisation, model and loss as one."""
+    step.loss = torch.compile(step.loss, backend=step.backend)
+
+
+def compiled_update(step: DeviceStep):
+    """Clipping and AdamW; a run would need its learning rate as a tensor."""
+    step.update = torch.compile(step.update, backend=step.backend)
+
+
+def autotuned_blocks(step: DeviceStep):
+    """Each product by the fastest of many kernels, also such that include what follows it."""
+    tune = step.backend == "inductor"
+    compiled_blocks(step, **({"mode": "max-autotune-no-cudagraphs"} if tune else {}))
+
+
+def convolution(step: DeviceStep):
+    """Patches by a convolution also on a GPU, as on the CPU."""
+
+    class Convolution(PatchEmbed):
+        def forward(self, images):
+            return self.proj(images).flatten(2).transpose(1, 2).contiguous()
+
+    step.model.encoder.patch_embed.__class__ = Convolution
+
+
+def bf16_weights(step: DeviceStep):
+    """No casts at all: a bound, since nothing trains well like this."""
+    step.model.bfloat16()
+    step.autocast["enabled"] = False
+    step.model.encoder.patch_embed.register_forward_pre_hook(lambda _, images: images[0].bfloat16())
+
+
+def attention(backend: SDPBackend):
+    return lambda step: setattr(step, "attention", backend)
+
+
+LEVERS = {
+    "--compile": compiled_model,
+    "--grad-checkpointing": checkpointing,
+    "float32 stream": float32_stream,
+    "float32 norms": float32_norms,
+    "compiled blocks": compiled_blocks,
+    "compiled loss": compiled_loss,
+    "compiled update": compiled_update,
+    "autotuned blocks": autotuned_blocks,
+    "convolution": convolution,
+    "bf16 weights": bf16_weights,
+    "cuDNN attention": attention(SDPBackend.CUDNN_ATTENTION),
+    "flash attention": attention(SDPBackend.FLASH_ATTENTION),
+}
+# In order: what was, what is, what to compile, single levers on the cheapest to compile, and, if
+# time is left, what takes long. What helped is then measured together.
+SINGLE = [
+    ["compiled blocks", lever] for lever in ("cuDNN attention", "flash attention", "convolution")
+]
+LADDER = [
+    ["float32 stream", "float32 norms", "convolution"],
+    ["float32 norms", "convolution"],
+    ["convolution"],
+    [],
+    ["--compile", "float32 stream", "float32 norms", "convolution"],
+    ["--compile", "convolution"],
+    ["--compile"],
+    ["compiled blocks"],
+    ["compiled loss"],
+    *SINGLE,
+    ["compiled blocks", "bf16 weights"],
+]
 
 
 def seconds(function, device: torch.device, repeats: int) -> float:
@@ -78,7 +196,10 @@ def warm(args, micro_batch: int, **options) -> tuple[DeviceStep, str]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     step = DeviceStep(args, micro_batch, **options)
+    start = time.perf_counter()
     step(), step()  # the second has the optimizer's moments
+    getattr(torch, args.device.type).synchronize()
+    step.warm_s = time.perf_counter() - start
     return step, f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.1f}" if cuda else ""
 
 
@@ -109,36 +230,123 @@ def table(title: str, *columns: str):
 def bench_sizes(args, flops: float, peak: float) -> dict[int, float]:
     """SuperClass with its flags; returns the best images a second of each micro-batch that fits."""
     best = {}
+    names = "--compile", "--grad-checkpointing"
     table("SuperClass", "flags", "micro-batch", "images/s", "share of peak", "GB")
-    for compiled in (False, True):
-        for recompute in (False, True):
-            flags = "--compile " * compiled + "--grad-checkpointing" * recompute
-            for micro_batch in args.micro_batches:
-                torch.compiler.reset()
-                try:
-                    step, memory = warm(args, micro_batch, compiled=compiled, recompute=recompute)
-                except torch.OutOfMemoryError:
-                    row(flags, micro_batch, "does not fit", "", "")
-                    break
-                speed = micro_batch / seconds(step, args.device, args.repeats)
-                del step  # before the next is built
-                best[micro_batch] = max(speed, best.get(micro_batch, 0))
-                row(flags, micro_batch, f"{speed:.1f}", f"{speed * flops / peak:.0%}", memory)
+    for levers in ([], names[1:], names[:1], names):
+        flags = " ".join(levers)
+        for micro_batch in args.micro_batches:
+            torch.compiler.reset()
+            try:
+                step, memory = warm(args, micro_batch, levers=levers)
+            except torch.OutOfMemoryError:
+                row(flags, micro_batch, "does not fit", "", "")
+                break
+            speed = micro_batch / seconds(step, args.device, args.repeats)
+            del step  # before the next is built
+            best[micro_batch] = max(speed, best.get(micro_batch, 0))
+            row(flags, micro_batch, f"{speed:.1f}", f"{speed * flops / peak:.0%}", memory)
     return best
 
 
-def bench_kinds(args, micro_batch: int):
+class Ladder:
+    """Rows of levers within a time that starts with the program."""
+
+    def __init__(self, args, start: float):
+        self.args, self.start, self.speeds = args, start, {}
+        self.reserve = 0 if args.quick else 40  # seconds for the models in turn
+        self.flops, self.peak = flops_per_image(args), peak_flops(args)
+        self.note(matrix_product_tflops=self.peak / 1e12, gflop_an_image=self.flops / 1e9)
+
+    def left(self) -> float:
+        return 60 * self.args.minutes - (time.perf_counter() - self.start)
+
+    def note(self, **values):
+        """A line of the JSON file, which is closed at once: nothing of it is lost."""
+        values |= {"at_s": round(time.perf_counter() - self.start, 1)}
+        if self.args.json:
+            with self.args.json.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def climb(self):
+        args, micro_batch = self.args, self.args.micro_batches[0]
+        print(f"{self.flops / 1e9:.1f} GFLOP an image; peak {self.peak / 1e12:.2f} TFLOP/s")
+        table("Levers", "levers", "micro-batch", "images/s", "share of peak", "GB", "compile s")
+        for levers in LADDER:
+            self.measure(levers, micro_batch)
+        best = self.best()
+        for size in dict.fromkeys((micro_batch, args.micro_batches[-1])):
+            self.measure(best, size)
+        self.measure(["autotuned blocks", *best[1:]], micro_batch, needs=90)
+        self.measure([*best, "compiled update"], micro_batch, needs=60)
+        if self.left() < self.reserve / 2:
+            return print(f"\nNo time is left for the models in turn: {self.left():.0f} s")
+        for kind, speed, ratio, memory in bench_kinds(args, micro_batch):
+            self.note(kind=kind, images_per_s=speed, time_ratio=ratio, gb=memory)
+
+    def best(self) -> list[str]:
+        """What to compile, with all that made compiled blocks 0.5 % faster."""
+        name = lambda levers: ", ".join(levers)  # noqa: E731
+        speed = lambda levers: self.speeds.get(name(levers), 0)  # noqa: E731
+        first = max(["--compile"], ["compiled blocks"], ["compiled loss"], key=speed)
+        helped = [s for s in SINGLE if speed(s) > 1.005 * speed(["compiled blocks"]) > 0]
+        kinds = [s for s in helped if s[1].endswith("attention")]
+        kinds = sorted(kinds, key=speed)[-1:] + [s for s in helped if s not in kinds]
+        return [*first, *(s[1] for s in kinds)]
+
+    def measure(self, levers: list[str], micro_batch: int, needs: int = 0):
+        args, name = self.args, ", ".join(levers)
+        needs = needs or (45 if {"--compile", "compiled loss"} & set(levers) else 15)
+        if self.left() < self.reserve + (0 if args.quick else needs):
+            self.note(levers=levers, skipped="no time")
+            return row(name, micro_batch, f"skipped: {self.left():.0f} s are left", "", "", "")
+        torch.compiler.reset(), gc.collect()
+
+        def stop(*_):
+            raise TimeoutError("it took all of the time")
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, max(1, self.left() - self.reserve))
+        try:
+            step, memory = warm(args, micro_batch, levers=levers)
+            times = [seconds(step, args.device, args.repeats) for _ in range(2)]
+        except Exception as error:  # a lever that does not work here must not end the ladder
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:60]}"
+            self.note(levers=levers, micro_batch=micro_batch, failed=str(error))
+            return row(name, micro_batch, reason, "", "", "")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        speed = micro_batch / min(times)
+        if micro_batch == args.micro_batches[0]:
+            self.speeds[name] = speed
+        share, compiling = speed * self.flops / self.peak, max(0, step.warm_s - 2 * min(times))
+        row(name, micro_batch, f"{speed:.1f}", f"{share:.1%}", memory, f"{compiling:.0f}")
+        self.note(
+            levers=levers, micro_batch=micro_batch, images_per_s=speed, share=share, gb=memory,
+            compile_s=compiling, step_ms=[1000 * t for t in times],
+        )  # fmt: skip
+
+
+def bench_kinds(args, micro_batch: int) -> list[tuple]:
     """All kinds in turn, in one process; ratios are medians over rounds."""
-    steps = {kind: warm(args, micro_batch, kind=kind) for kind in KINDS}
+    steps, rows = {}, []
+    for kind in KINDS:
+        torch.compiler.reset(), gc.collect()
+        try:
+            steps[kind] = warm(args, micro_batch, kind=kind)
+        except ImportError as error:
+            print(f"\n{kind} is left out: {error}")
+    kinds = list(steps)
     rounds = [
-        {kind: seconds(steps[kind][0], args.device, args.repeats) for kind in KINDS[:: (-1) ** n]}
+        {kind: seconds(steps[kind][0], args.device, args.repeats) for kind in kinds[:: (-1) ** n]}
         for n in range(2 if args.quick else 6)  # every other round in reverse
     ]
     table(f"In turn, micro-batch {micro_batch}", "model", "images/s", "time ÷ SuperClass's", "GB")
-    for kind in KINDS:
+    for kind in kinds:
         speed = micro_batch / statistics.median(r[kind] for r in rounds)
         ratio = statistics.median(r[kind] / r[KINDS[0]] for r in rounds)
         row(kind, f"{speed:.1f}", f"{ratio:.2f}", steps[kind][1])
+        rows.append((kind, speed, ratio, steps[kind][1]))
+    return rows
 
 
 def bench_loss(args, B: int):
@@ -190,7 +398,8 @@ def bench_loader(args, best: float):
     print(f"{best / speed:.1f} cores feed {best:.0f} images/s; this machine has {os.cpu_count()}")
 
 
-def main():
+def main(argv: list[str] | None = None):
+    start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", default="auto", type=pick_device)
@@ -201,12 +410,19 @@ def main():
     add("--repeats", type=int, default=10, help="steps in one measurement")
     add("--quick", action="store_true", help="few repeats and a small matrix product")
     add("--in-turn", type=int, help="only compare the models, at this micro-batch")
-    args = parser.parse_args()
+    add("--ladder", action="store_true", help="measure one lever after the other")
+    add("--json", type=Path, help="ladder: file that each row is added to")
+    add("--minutes", type=float, default=5, help="ladder: what does not fit is skipped")
+    args = parser.parse_args(argv)
+    if args.ladder and args.micro_batches == parser.get_default("micro_batches"):
+        args.micro_batches = [256, 1024]
     args.dtype = getattr(torch, pick_precision(args.precision, args.device))
     args.repeats = 2 if args.quick else args.repeats
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else str(args.device)
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads;", end=" ")
     print(f"{args.model} at {args.image_size} px, V {V:,}, {args.dtype}")
+    if args.ladder:
+        return Ladder(args, start).climb()
     if args.in_turn:
         return bench_kinds(args, args.in_turn)
     flops, peak = flops_per_image(args), peak_flops(args)

@@ -19,8 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import open_clip
-import timm
 import torch
 import torch.nn.functional as F
 
@@ -74,6 +72,8 @@ class Step:
             context = F.pad(self.labels, (0, self.model.context_length - K))
             texts = self.model.encode_text(context, normalize=True)
             clock.append(time.perf_counter())
+            import open_clip
+
             loss = open_clip.ClipLoss()(features, texts, self.model.logit_scale.exp())
         clock.append(time.perf_counter())
         loss.backward()
@@ -89,6 +89,8 @@ class Step:
 
 def open_clip_model(model: str, image_size: int) -> torch.nn.Module:
     """OpenCLIP's CLIP with the widths, depths and heads that ours has."""
+    import open_clip  # here, so that other benchmarks work where it is not installed
+
     size, patch = model.split("/")
     (width, depth, heads), text = SIZES[size], TEXT_SIZES[size]
     vision = {"image_size": image_size, "patch_size": int(patch), "width": width, "layers": depth}
@@ -101,6 +103,8 @@ def open_clip_model(model: str, image_size: int) -> torch.nn.Module:
 
 def timm_model(model: str, image_size: int, classes: int) -> torch.nn.Module:
     """timm's plain classifier of that size, with its class token."""
+    import timm
+
     size, patch = model.split("/")
     shape = dict(zip(("embed_dim", "depth", "num_heads"), SIZES[size], strict=True))
     shape |= {"img_size": image_size, "patch_size": int(patch), "num_classes": classes}
