@@ -19,11 +19,13 @@ from data import UserError
 
 torch.set_num_threads(1)  # as in the processes that tests start: sums depend on the number
 ROOT = Path(__file__).parent.parent
+FIRST = ("resume", "processes", "waits", "networks", "killed", "compiled")  # on a device
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (20, 60, 220)}
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where what has a device is tested: cuda, mps")
+    parser.addoption("--part", default="1/1", help="1/2 and 2/2: every other test, each on its own")
 
 
 def pytest_configure(config):
@@ -43,6 +45,17 @@ def pytest_configure(config):
 def pytest_itemcollected(item):
     if "device" in item.fixturenames:
         item.add_marker("device")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    """With --device, the slowest files first, and in each what failed on a GPU before."""
+    part, parts = map(int, config.getoption("part").split("/"))
+    if config.device.type != "cpu":  # a file's tests stay together, since they share runs
+        named = lambda item: any(word in item.name for word in FIRST)  # noqa: E731
+        slow = ("test_ddp", "test_train")
+        items.sort(key=lambda i: (i.path.stem not in slow, i.path.stem, not named(i)))
+    items[:] = items[part - 1 :: parts]
 
 
 @pytest.fixture(scope="session")
