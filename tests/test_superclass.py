@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from superclass import IDF, SuperClass, ViT, build_encoder, superclass_loss
+from superclass import IDF, PatchEmbed, SuperClass, ViT, build_encoder, superclass_loss
 from tests.conftest import as_labels
 
 
@@ -262,3 +262,13 @@ def test_a_few_steps_learn_captions_by_heart(on_device):
     best = F.softmax(model(images), dim=1).topk(5).indices.sort(dim=1).values
     assert torch.equal(best, labels)
     assert loss < math.log(5) + 0.1  # the entropy of the targets: no loss is lower
+
+
+def test_patches_by_a_matrix_product_are_those_of_the_convolution(monkeypatch):
+    """PatchEmbed has one way for the CPU and one for a GPU; here the CPU goes both."""
+    torch.manual_seed(0)
+    embed, images = PatchEmbed(8, 16).double(), torch.randn(2, 3, 32, 32).double()
+    expected = embed(images)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(embed.proj, "forward", None)
+    torch.testing.assert_close(embed(images), expected)
