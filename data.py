@@ -377,6 +377,7 @@ def resized_crop(image: Image.Image, box: tuple[float, ...], size: int) -> Image
 class Augment:
     """The training view (section 4): a random resized crop; if asked for, mirroring and colours.
 
+    With a `min_scale` of 1 nothing is cut off at random: the view is evaluation's centre crop.
     `color_jitter` follows the paper's largest run (0.32 there): brightness, contrast and saturation
     of that strength and hue of a quarter of it, for 8 images in 10; 2 in 10 lose their colour.
     Draws from torch's default CPU generator, which the stream seeds for each sample.
@@ -391,8 +392,11 @@ class Augment:
             self.steps.append(transforms.RandomGrayscale(0.2))
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-        image = resized_crop(image, (left, top, left + width, top + height), self.size)
+        if self.crop.scale[0] == 1:
+            image = CenterCrop(self.size)(image)
+        else:
+            top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+            image = resized_crop(image, (left, top, left + width, top + height), self.size)
         for step in self.steps:
             image = step(image)
         return image

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from data import Batch, UserError, load_tokenizer, normalize, number, read_tokenizer, save_tokenizer
-from plugins import names
+from plugins import find, names
 from superclass import IDF, Objective, ViT
 
 CLIP_GRAD = 1.0  # the largest norm of the gradient
@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=count, default=128, help="global: over processes and micro-batches")
     add("--micro-batch", type=count, help="images in one forward pass; default: a process's share")
     add("--lr", type=number(float, 0), default=1.5e-3, help="peak learning rate")
+    add("--optimizer", default="adamw", help=names("optimizer"))
     add("--beta2", type=number(float, 0, 0.9999), default=0.98, help="AdamW's second decay")
     add("--weight-decay", type=number(float, 0), default=0.2, help="of matrices only")
     add("--warmup", type=number(int, 0), default=40, help="steps")
@@ -191,19 +192,25 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimizer(model: nn.Module, config: argparse.Namespace, say) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: argparse.Namespace, say) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer for the weights that are trained."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    make = find("optimizer", config.optimizer)
+    optimizer = make(named, config.lr, (0.9, config.beta2), config.weight_decay)
+    for group in optimizer.param_groups:
+        n, count = sum(p.numel() for p in group["params"]), len(group["params"])
+        say(f"params  {n:,} in {count} tensors with weight decay {group['weight_decay']:g}")
+    return optimizer
+
+
+def adamw(named: dict[str, Tensor], lr: float, betas: tuple, decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices, but not biases, norms, positions and ConvNeXt's layer scales."""
-    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = ("pos_embed", "layer_scale")  # no matrices, although they have more than one axis
-    matrices = [p for name, p in learned if p.ndim >= 2 and not name.endswith(plain)]
-    others = [p for name, p in learned if p.ndim < 2 or name.endswith(plain)]
-    groups = []
-    for params, decay in ((matrices, config.weight_decay), (others, 0.0)):
-        n = sum(p.numel() for p in params)
-        say(f"params  {n:,} in {len(params)} tensors with weight decay {decay:g}")
-        groups.append({"params": params, "weight_decay": decay})
-    fused = matrices[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, config.lr, betas=(0.9, config.beta2), eps=1e-6, fused=fused)
+    matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith(plain)]
+    others = [p for name, p in named.items() if p.ndim < 2 or name.endswith(plain)]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    fused = others[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr, betas=betas, eps=1e-6, fused=fused)
 
 
 class Progress:
@@ -536,4 +543,6 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    import train  # plug-ins import this module by its name
+
+    train.main()

@@ -15,6 +15,7 @@ DEFINES = {
     "tokenizer": "open_tokenizer",
     "model": "build_encoder",
     "loss": "loss",
+    "optimizer": "make_optimizer",
     "objective": "Objective",
     "task": "main",
 }
@@ -54,6 +55,10 @@ TABLE = {
         "asl": "plugins.sigmoid_losses.asl",
         "soft_margin": "plugins.sigmoid_losses.soft_margin",
         "two_way": "plugins.two_way.loss",
+    },
+    "optimizer": {
+        "adamw": "train.adamw",
+        "muon": "plugins.muon.make_optimizer",
     },
     "objective": {
         "superclass": "superclass.Objective",

@@ -193,6 +193,7 @@ def test_the_evaluation_view_is_the_centred_square():
     for image in (wide, wide.rotate(90, expand=True)):
         inner = np.array(CenterCrop(10)(image))[3:7, 3:7]
         assert (inner == (0, 255, 0)).all()
+        assert np.array_equal(Augment(10, 1.0)(image), CenterCrop(10)(image))  # nothing is random
 
 
 # ------------------------------------------------------------------------------------------------

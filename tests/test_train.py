@@ -511,15 +511,15 @@ def test_flags_that_contradict_the_objective_are_refused(capsys, classes, pairs,
 
 
 def run_and_killed_copy(flags: list[str], n: int) -> tuple[Path, Path]:
-    """Train, and also keep what a kill before the n-th step of the optimizer would have left.
+    """Train, and also keep what a kill before the n-th step would have left.
 
     That is the run's folder at this moment, so its copy can be resumed like a run that was killed.
     """
     run = Path(flags[flags.index("--out") + 1])
     killed = run.with_name("killed")
-    copy = at_call(torch.optim.AdamW.step, n, lambda: shutil.copytree(run, killed))
+    copy = at_call(train.Progress.wait_for, n, lambda: shutil.copytree(run, killed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", copy)
+        patch.setattr(train.Progress, "wait_for", copy)
         train.main(flags)
     return run, killed
 
