@@ -127,7 +127,7 @@ def open_sources(config: argparse.Namespace, trains: bool = True, **given) -> tu
     spec, other = given.get("data", config.data), "data" in given
     val = given.get("val_data", None if other else config.val_data)
     names = given.get("class_names", None if other else config.class_names)
-    where = config.data_root, names
+    where = given.get("data_root", config.data_root), names
     train = load_source(spec, "train", *where) if trains or not val else None
     if val is None and (train.has_splits or (other and not trains)):
         val = spec
@@ -556,6 +556,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("run", type=Path, help="the run's folder")
     add("--data", help="training images for probe and few-shot, else the images to evaluate on")
     add("--val-data", help="images to evaluate on; default: the run's own")
+    add("--data-root", help="where torchvision keeps its data sets; default: the run's")
     add("--class-names", help="file of classes; default, unless --data is given: the run's")
     add("--prompt", action="append", dest="prompts", help="zeroshot: text with {} for a class name")
     add("--shots", type=number(int, 1), default=10, help="fewshot: training images of each class")
@@ -565,13 +566,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+GIVEN = "data", "val_data", "data_root", "class_names"  # instead of what the run has
+
+
 def measure_command(argv: list[str] | None):
     """Measure one task of one run, print its rows, and append them to RUN/eval.jsonl."""
     args = make_parser().parse_args(argv)
     if any("{}" not in prompt for prompt in args.prompts or ()):
         raise UserError("--prompt needs {} where the class name goes")
     run = load_run(args.run, pick_device(args.device))
-    given = {name: getattr(args, name) for name in ("data", "val_data", "class_names")}
+    given = {name: getattr(args, name) for name in GIVEN}
     train, val = open_sources(run.config, args.task in ("probe", "fewshot"), **given)
     if val is None:
         raise UserError("there is no validation data: name some with --val-data")

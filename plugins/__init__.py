@@ -20,13 +20,15 @@ DEFINES = {
     "task": "main",
 }
 
+TORCHSETS = "cifar10 cifar100 imagenet pets cars food101 flowers102 dtd stl10 eurosat sun397"
+TORCHSETS += " caltech101 coco"  # torchvision's sets, for training and evaluation
+
 # flag -> name -> where it is; .tar is a file with this ending, *.tar a folder that holds some
 TABLE = {
     "data": {
         "shapes": "plugins.shapes.open_source",
-        "cifar10": "plugins.torchsets.cifar10",
-        "cifar100": "plugins.torchsets.cifar100",
         "fashion-mnist": "plugins.torchsets.fashion_mnist",
+        **{name: f"plugins.torchsets.{name}" for name in TORCHSETS.split()},
         ".tar": "plugins.shards.open_source",
         "*.tar": "plugins.shards.open_source",
         ".csv": "plugins.tablefiles.open_source",
