@@ -79,6 +79,7 @@ TABLE = {
         "look": "plugins.pictures.show_data",
         "caption": "plugins.caption.main",
         "table": "plugins.tables.main",
+        "plan": "plugins.plan.main",
     },
 }
 

@@ -1,0 +1,100 @@
+"""A rehearsal: the first steps of a training run in its real sizes, and what all of it will take.
+
+    python eval.py plan FLAGS        the flags that train.py will get
+
+So an error that would end a night's run shows within a minute. Under torchrun, too.
+"""
+
+import contextlib
+import io
+import math
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+import data
+import eval as evaluation
+import train
+from data import UserError
+from superclass import IDF
+
+STEPS, TIMED = 6, 3  # compiling slows the first steps, batches that were loaded meanwhile speed up
+
+
+def main(argv: list[str]):
+    """Train for six steps in a folder that is then removed; print time, memory, disk and losses."""
+    config, _ = train.parse(argv)
+    if (config.out / "config.json").exists():
+        raise UserError(f"{config.out} already holds a run: choose another --out")
+    where = next(folder for folder in config.out.absolute().parents if folder.is_dir())
+    said, few = io.StringIO(), ["--samples", str(STEPS * config.batch_size), "--log-every", "1"]
+    try:
+        with tempfile.TemporaryDirectory(prefix="plan-", dir=where) as folder:
+            # A row for the last step, so that train.py takes it for evaluated.
+            evaluation.append_jsonl(Path(folder) / "eval.jsonl", [{"step": STEPS}])
+            with contextlib.redirect_stdout(said):
+                train.main([*argv, *few, "--no-first-eval", "--out", folder])
+            rows = evaluation.read_jsonl(Path(folder) / "metrics.jsonl")[-TIMED:]
+            if not rows:  # the first process of several has them
+                return
+            sizes = [(path.name, path.stat().st_size) for path in sorted(Path(folder).glob("*.pt"))]
+            losses = expected_losses(evaluation.read_config(Path(folder)))
+    except torch.OutOfMemoryError:
+        advice = "lower --micro-batch (now {}) or add --grad-checkpointing"
+        raise UserError(
+            "the device's memory is too small for a step: "
+            + advice.format(config.micro_batch or "a process's share of the batch")
+        ) from None
+    except PermissionError as error:
+        raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from None
+    lines = [line for line in said.getvalue().splitlines() if not line.startswith("the run is in")]
+    print(*(line.replace("run     ", "steps   ") for line in lines), sep="\n")
+    B, seconds = config.batch_size, sum(row["step_s"] for row in rows) / len(rows)
+    steps, waited = math.ceil(config.samples / B), sum(row["data_s"] for row in rows) / len(rows)
+    print(
+        f"plan    {steps:,} steps x {B:,} = {steps * B:,} images: {span(steps * seconds)}, ", end=""
+    )
+    print(
+        f"without evaluation; {B / seconds:,.0f} images/s, {span(1e6 * seconds / B)} for a million"
+    )
+    print(f"        {waited / seconds:.0%} of a step waits for data (mean of {len(rows)} steps)")
+    if rows[-1]["peak_mb"]:
+        print(f"memory  {rows[-1]['peak_mb']:,.0f} MB at the peak, without evaluation")
+    files = " and ".join(f"{name} of {size / 1e6:,.1f} MB" for name, size in sizes)
+    print(f"disk    {files}, for a moment twice")
+    if losses:
+        print(
+            "loss    {:.2f} at the start; {:.2f} from word counts alone; {:.2f} or more".format(
+                *losses
+            )
+        )
+
+
+def span(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.1f} h" if hours >= 1 else f"{seconds / 60:.1f} min"
+
+
+def expected_losses(config, captions: int = 10_000) -> tuple[float, float, float] | None:
+    """SuperClass's loss before training, of a model that knows word counts, and of a perfect one.
+
+    The first is log V + 1/2: logits start with variance one. The second knows how often a token is
+    a target, p, but does not look at the image: the entropy of p. Training stays there for a while.
+    The third is the mean entropy of a caption's own targets, which no model can go below.
+    """
+    objective = evaluation.open_objective(config)
+    if not (objective.has_words and config.loss == "softmax" and objective.captions):
+        return None
+    source, _ = evaluation.open_sources(config)
+    tokenizer = data.read_tokenizer(config.out / "tokenizer.tiktoken", vars(config))
+    texts = islice(source.captions(captions), captions)
+    labels = data.pad([data.caption_labels(text, tokenizer) for text in texts])  # [n, K]
+    idf, tokens = IDF(config.vocab_size), labels.clamp(min=0)
+    idf.update(labels)
+    w = (torch.ones_like(idf.weights()) if config.no_idf else idf.weights())[tokens] * (labels >= 0)
+    targets = w / w.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    p = torch.zeros(config.vocab_size).index_add(0, tokens.flatten(), targets.flatten())
+    counted, own = torch.special.entr(p / p.sum()).sum(), torch.special.entr(targets).sum(1).mean()
+    return math.log(config.vocab_size) + 0.5, counted.item(), own.item()
