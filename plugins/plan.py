@@ -42,34 +42,25 @@ def main(argv: list[str]):
             sizes = [(path.name, path.stat().st_size) for path in sorted(Path(folder).glob("*.pt"))]
             losses = expected_losses(evaluation.read_config(Path(folder)))
     except torch.OutOfMemoryError:
-        advice = "lower --micro-batch (now {}) or add --grad-checkpointing"
-        raise UserError(
-            "the device's memory is too small for a step: "
-            + advice.format(config.micro_batch or "a process's share of the batch")
-        ) from None
+        micro_batch = config.micro_batch or "a process's share of the batch"
+        advice = f"lower --micro-batch (now {micro_batch}) or add --grad-checkpointing"
+        raise UserError(f"the device's memory is too small for a step: {advice}") from None
     except PermissionError as error:
         raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from None
-    lines = [line for line in said.getvalue().splitlines() if not line.startswith("the run is in")]
-    print(*(line.replace("run     ", "steps   ") for line in lines), sep="\n")
-    B, seconds = config.batch_size, sum(row["step_s"] for row in rows) / len(rows)
-    steps, waited = math.ceil(config.samples / B), sum(row["data_s"] for row in rows) / len(rows)
-    print(
-        f"plan    {steps:,} steps x {B:,} = {steps * B:,} images: {span(steps * seconds)}, ", end=""
-    )
-    print(
-        f"without evaluation; {B / seconds:,.0f} images/s, {span(1e6 * seconds / B)} for a million"
-    )
-    print(f"        {waited / seconds:.0%} of a step waits for data (mean of {len(rows)} steps)")
-    if rows[-1]["peak_mb"]:
-        print(f"memory  {rows[-1]['peak_mb']:,.0f} MB at the peak, without evaluation")
+    for line in said.getvalue().splitlines():
+        if not line.startswith("the run is in"):
+            print(line.replace("run     ", "steps   "))
+    B, steps = config.batch_size, math.ceil(config.samples / config.batch_size)
+    step, waited = (sum(row[key] for row in rows) / len(rows) for key in ("step_s", "data_s"))
+    speed = f"{B / step:,.0f} images/s, {span(1e6 / B * step)} for a million"
     files = " and ".join(f"{name} of {size / 1e6:,.1f} MB" for name, size in sizes)
+    print(f"plan    {steps:,} steps x {B:,} = {steps * B:,} images: {span(steps * step)}; {speed}")
+    print(f"        without evaluation; {waited / step:.0%} of a step waits for data")
+    print(f"memory  {rows[-1]['peak_mb'] or math.nan:,.0f} MB at the peak, without evaluation")
     print(f"disk    {files}, for a moment twice")
     if losses:
-        print(
-            "loss    {:.2f} at the start; {:.2f} from word counts alone; {:.2f} or more".format(
-                *losses
-            )
-        )
+        start, counted, least = losses
+        print(f"loss    {start:.2f} at first; {counted:.2f} by word counts; {least:.2f} or more")
 
 
 def span(seconds: float) -> str:

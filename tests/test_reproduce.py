@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
 import train
 from superclass import SuperClass, build_encoder, superclass_loss
+from tests import roofline
 from tests.conftest import ROOT, caption, encoded, picture, write_tar
 from tests.die import launch
 from tests.test_readme import commands
@@ -35,7 +36,7 @@ def small(data, out) -> list[str]:
     """Later flags replace earlier ones."""
     sizes = "--model XS/8 --image-size 32 --tokenizer bpe:300 --batch-size 16 --micro-batch 8"
     sizes += (
-        " --samples 640 --warmup 4 --lr 2e-3 --workers 2 --lanes 4 --save-every 6 --log-every 1"
+        " --samples 400 --warmup 4 --lr 2e-3 --workers 1 --lanes 4 --save-every 6 --log-every 1"
     )
     more = ["--data", str(data), "--out", str(out), "--precision", "fp32", "--device", "cpu"]
     return [*recipe(), *sizes.split(), *more]
@@ -65,14 +66,15 @@ def test_the_recipe_on_two_processes_is_killed_resumed_and_scored(cc3m, capsys, 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = launch(small(cc3m, whole), 2)
     assert ended.codes == [0, 0], ended.said
-    died = launch(small(cc3m, killed), 2, (1, "SIGKILL", "optimizer", 20))
-    assert died.codes[1] == -signal.SIGKILL and state(killed)["progress"]["step"] == 18
+    died = launch(small(cc3m, killed), 2, (1, "SIGKILL", "optimizer", 14))
+    assert died.codes[1] == -signal.SIGKILL and state(killed)["progress"]["step"] == 12
     ended = launch(["--out", killed, "--resume"], 2)
     assert ended.codes == [0, 0], ended.said
     assert_same(state(killed), state(whole))
     assert metrics(killed) == metrics(whole)
     skipped = state(killed)["progress"]["skipped"]
-    assert skipped == dict.fromkeys(["unreadable image", "missing image", "unusable caption"], 4)
+    assert skipped.keys() == {"unreadable image", "missing image", "unusable caption"}
+    assert set(skipped.values()) <= {2, 3}  # each once a pass
     imagenet(tmp_path / "imagenet")
     place = ("--data", "imagenet", "--data-root", tmp_path / "imagenet")
     assert float(score(killed, capsys, "zeroshot", *place)[4]) > 0.9
@@ -98,7 +100,7 @@ def test_a_plan_says_what_the_run_will_take_and_leaves_nothing(cc3m, capsys, tmp
     assert re.search(r"checkpoint.pt of \d+\.\d MB and encoder.pt of \d+\.\d MB", said)
     rate = float(re.search(r"([\d,]+) images/s", said)[1].replace(",", ""))
     took = float(re.search(r"images: ([\d.]+) (?:min|h)", said)[1])
-    unit = 60 if " min, without" in said else 3600
+    unit = 60 if " min; " in said else 3600
     assert took * unit == pytest.approx(1e6 / rate, rel=0.1)
     start, counted, least = map(
         float, re.search(r"loss    (\S+) .*; (\S+) .*; (\S+)", said).groups()
@@ -161,6 +163,18 @@ def test_the_calculation_reproduces_the_measured_rows():
         assert hours.images_per_s("B/16", card) == pytest.approx(rate, rel=1e-3)
         assert rate * hours.flops("B/16") / 789e12 == pytest.approx(share, abs=2e-3)
     assert round(hours.hours(512e6, 2962)) == 48  # as in docs/clusters.md
+
+
+def test_other_sizes_keep_a_card_as_busy_as_the_roofline_says():
+    """Compiled, at 224 px with micro-batches of 256."""
+    busy = {}
+    for size, depth in (("S", 12), ("B", 12), ("L", 24)):
+        D = hours.WIDTH[size]
+        blocks = depth * sum(row[2] for row in roofline.block(256, 196, D, 3).values())
+        step = blocks + roofline.rest(256, 196, D, 49_408, 16, depth, 3)[1]
+        busy[size] = 256 * hours.flops(f"{size}/16") / step
+    for size, share in hours.BUSY.items():
+        assert busy[size] / busy["B"] == pytest.approx(share, abs=0.01)
 
 
 def test_the_pages_hours_are_the_functions():
