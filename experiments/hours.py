@@ -1,7 +1,4 @@
-"""Hours of a run and the dial's learning rate, calculated: the tables of docs/reproduce.md.
-
-python experiments/hours.py    images/s, and hours of each of RUNS
-"""
+"""Hours of a run and the dial's learning rate, calculated: the tables of docs/reproduce.md."""
 
 WIDTH, DEPTH = {"XS": 128, "Ti": 192, "S": 384, "B": 768, "L": 1024}, {"XS": 4, "L": 24}
 REACHED = {  # by B/16: FLOP/s; cores. The first two are measured, the rest 30 % of a data sheet

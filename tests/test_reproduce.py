@@ -114,6 +114,18 @@ def test_a_plan_says_what_the_run_will_take_and_leaves_nothing(cc3m, capsys, tmp
     assert "already holds a run" in refused(capsys, "plan", *flags, main=evaluation.main)
 
 
+def test_the_pages_example_of_a_plan_is_what_it_prints(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said, page = plan([], capsys).splitlines(), PAGE.read_text().splitlines()
+    assert not list(tmp_path.iterdir())
+    for line in said:
+        first = line.split()[0]
+        if first in ("data", "model", "steps", "disk", "loss"):
+            assert line in page
+        if first == "plan":
+            assert line.partition(":")[0] in {shown.partition(":")[0] for shown in page}
+
+
 def test_a_plan_finds_mistakes_and_too_little_memory(cc3m, capsys, tmp_path, monkeypatch):
     flags = ["plan", *small(cc3m, tmp_path / "run")]
     error = refused(capsys, *flags, "--micro-batch", "5", main=evaluation.main)
