@@ -4,7 +4,8 @@
        stl10 | eurosat | sun397 | caltech101       a caption is one of 36 templates around the class
 --data coco                                        one row for each of an image's captions
 
-All but imagenet, cars and coco are downloaded if they are not there.
+All but imagenet, cars and coco are downloaded if they are not there. torchvision unpacks archives
+after checking their sums.
 """
 
 import json
@@ -48,8 +49,8 @@ class Labelled(Pairs):
         options |= {"download": True} if fetch else {}  # files that are there are not downloaded
         try:
             self.set = kind(root, **options)
-        except (RuntimeError, ImportError, OSError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # of a damaged file, too
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"{kind.__name__} cannot be opened ({reason}): torchvision wants "
                 f"{' '.join(files.split())} under {root}; copy that there, or name another folder "

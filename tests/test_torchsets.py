@@ -258,6 +258,14 @@ def test_imagenet_is_read_from_its_archives(run, capsys, tmp_path, monkeypatch):
     assert load_source("imagenet", "val", str(tmp_path)).attributes["class"][0] == ["red thing"]
 
 
+@pytest.mark.parametrize("damage", [b"", b"no pickle", b"PK\x03\x04"])
+def test_damaged_names_are_one_sentence(tmp_path, damage):
+    imagenet(tmp_path)
+    (tmp_path / "meta.bin").write_bytes(damage)
+    with pytest.raises(UserError, match="ImageNet cannot be opened"):
+        load_source("imagenet", "val", str(tmp_path))
+
+
 @pytest.mark.parametrize("make", [imagenet, pets], ids=lambda make: make.__name__)
 def test_a_damaged_file_is_a_bad_sample(run, capsys, tmp_path, make):
     """torchvision opens pets by itself; the files of the others are opened as all are."""
