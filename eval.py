@@ -1,10 +1,11 @@
 """Evaluation: a run is read back, and its frozen encoder measured.
 
-    python eval.py zeroshot|probe|fewshot RUN [--data SPEC] [--val-data SPEC]
-    python eval.py retrieval|words|search|curves|table|caption ...      from the shelf
+    python eval.py zeroshot|probe|fewshot|retrieval RUN [--data SPEC] [--val-data SPEC]
+    python eval.py words|search|curves|table|caption|plan ...
 
-Each of the first three prints a table, with one row for each attribute that the source has classes
-for, and appends the rows to RUN/eval.jsonl. In Python, `load` gives a run's model:
+Zero-shot from the head stands here, all else on the shelf. Each of the first four prints a table,
+with one row for each attribute that the source has classes for, and appends the rows to
+RUN/eval.jsonl. In Python, `load` gives a run's model:
 
     model, preprocess, tokenizer = load("pretrained/icons")
 
@@ -15,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import statistics
 import sys
 import time
 from collections import Counter
@@ -27,7 +27,6 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -302,12 +301,6 @@ def extract(run: Run, source, limit: int | None = None, workers: int = 2, captio
     return features, targets, [tokens[i] for i in order] if captioned else []
 
 
-def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """Zero mean, unit variance on the training features: a batch norm without affine."""
-    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-5
-    return [(x - mean) / std for x in (train, *others)]
-
-
 def zeroshot(run: Run, features: Tensor, texts: list[list[str]]) -> Tensor:
     """Scores [N, C] of classes for pooled features [N, D], from the pretraining head alone.
 
@@ -359,82 +352,6 @@ def score_bags(run: Run, features: Tensor, bags: Tensor) -> Tensor:
     return torch.cat(scores).masked_fill(empty, -torch.inf)
 
 
-class TooFew(UserError):
-    """Too few labelled training images: no reason to give up other tasks."""
-
-
-def probe(
-    train: Tensor, labels: Tensor, val: Tensor, classes: int, seed: int = 0
-) -> tuple[Tensor, float]:
-    """Linear probe (section 4, after MAE): batch norm without affine, then one linear layer.
-
-    The penalty is the best of five on a held-out tenth of the training set; then all of the set is
-    fitted. The problem is convex, so L-BFGS replaces the paper's LARS: no learning rate to tune.
-
-    Returns: scores [N, C] of the validation features, and the penalty. TooFew below ten images.
-    """
-    if len(train) < 10:
-        raise TooFew(f"{len(train)} labelled training images: give ten")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    held, rest = order.tensor_split([len(order) // 10])
-    fit, check = standardize(train[rest], train[held])
-    best, weight = (-1.0, 0.0), None
-    for penalty in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
-        weight = regress(fit, labels[rest], classes, penalty, weight)  # from the last solution on
-        best = max(best, (top1(linear(check, weight), labels[held]), penalty))
-    train, val = standardize(train, val)
-    return linear(val, regress(train, labels, classes, best[1])), best[1]
-
-
-def regress(x: Tensor, y: Tensor, classes: int, penalty: float, start=None) -> Tensor:
-    """Minimise cross-entropy + penalty / 2 |W|^2 with L-BFGS; returns [D + 1, C], the bias last."""
-    start = torch.zeros(x.shape[1] + 1, classes, device=x.device) if start is None else start
-    weight = start.clone().requires_grad_()
-    options = {"max_iter": 200, "tolerance_change": 1e-7, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([weight], **options)
-
-    @torch.enable_grad()
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(linear(x, weight), y) + penalty / 2 * weight[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach()
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight[:-1] + weight[-1]
-
-
-def fewshot(
-    train: Tensor, labels: Tensor, val: Tensor, names: list[list[str]], shots: int, seed: int
-) -> Tensor:
-    """Few-shot by regularised least squares (CapPa's protocol, with big_vision's constants).
-
-    `shots` images of each class are drawn; W minimises |X W - Y|^2 + l2 |W|^2 in closed form, with
-    X standardised and a constant column of 100 as the nearly free bias, Y one-hot in {-1, 1} and
-    l2 = 1024. Setting the gradient to zero gives (X^T X + l2 I) W = X^T Y.
-
-    Returns: scores [N, C] of the validation features. Raises TooFew for too small a class.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for c, (name, *_) in enumerate(names):
-        members = (labels == c).nonzero().flatten()
-        if len(members) < shots:
-            raise TooFew(f"class '{name}' has {len(members)} training images, fewer than {shots}")
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:shots]])
-    chosen = torch.cat(chosen)
-    x, val = standardize(train[chosen].double(), val.double())
-    x, val = F.pad(x, (0, 1), value=100.0), F.pad(val, (0, 1), value=100.0)  # [n, D + 1]
-    y = 2 * F.one_hot(labels[chosen], len(names)).double() - 1  # [n, C]
-    penalty = 1024 * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(x.T @ x + penalty, x.T @ y)  # [D + 1, C]
-    return val @ weight
-
-
 def top1(scores: Tensor, labels: Tensor) -> float:
     """Share of images [0, 1] whose best class is the right one."""
     return (scores.argmax(dim=1) == labels).sum().item() / len(labels)
@@ -459,30 +376,38 @@ def classify(run: Run, task: str, names: list[list[str]], features: Tensor, prom
     return own(run, features, texts)
 
 
-OWN_WAYS, FITTED = ("zeroshot", "head"), ("probe", "fewshot")
-TASKS = OWN_WAYS + FITTED
-DRAWS = 3  # of the shots of `fewshot`
+OWN_WAYS = ("zeroshot", "head")
+
+
+def fitted(task: str):
+    """What fits a classifier to features for a task of the shelf; None for other tasks."""
+    return None if task in OWN_WAYS else find("task", task, "fitted")
+
+
+class TooFew(UserError):
+    """Too few labelled training images for a task: no reason to give up the others."""
 
 
 @torch.no_grad()
 def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
     """Rows {task, attribute, top1, ...} of the given tasks for every attribute of the source `val`.
 
-    "zeroshot" stands for all of the objective's own ways to tell classes apart.
+    "zeroshot" stands for all of the objective's own ways to tell classes apart without training.
 
     Args:
         train: the source whose images the probe and the shots come from.
         options: limit (of training images), workers, shots, prompts.
     """
     options = {"limit": None, "workers": 2, "shots": 10, "prompts": None} | options
-    if not {*tasks} <= {*TASKS}:
+    fits = {task: fit for task in tasks if (fit := fitted(task))}
+    if not {*tasks} <= {*OWN_WAYS, *fits}:
         return find("task", tasks[0], "measure")(run, val, options)
     own = [task for task in run.objective.tasks if task in OWN_WAYS]
     if "zeroshot" in tasks and own:
         tasks = [*own, *(task for task in tasks if task not in OWN_WAYS)]
     if not val.attributes:
         raise UserError("the validation data has no classes: give class folders or a label column")
-    fits, workers = {*tasks} & {*FITTED}, options["workers"]
+    workers = options["workers"]
     if fits and list(train.attributes.values()) != list(val.attributes.values()):
         raise UserError("training and validation data have other classes: give --class-names")
     features, targets, _ = extract(run, val, workers=workers)
@@ -491,26 +416,19 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
     rows = []
     for a, (attribute, names) in enumerate(val.attributes.items()):
         known = targets[:, a] >= 0  # the images that have a label
-        x, y, shots = features[known], targets[known, a], options["shots"]
+        x, y = features[known], targets[known, a]
         if len(names) < 2 or not len(y):
             raise UserError(f"{len(y)} images of {len(names)} classes: nothing to tell apart")
         if len(y) < len(known):
             print(f"{len(known) - len(y)} images have no {attribute}", file=sys.stderr)
         if fits:
             known = train_targets[:, a] >= 0
-            fit = train_features[known], train_targets[known, a]
+            train_x, train_y = train_features[known], train_targets[known, a]
         for task in tasks:
             row = {"task": task, "attribute": attribute, "classes": len(names), "images": len(y)}
             try:
-                if task == "probe":
-                    moved = (t.to(run.idf.df.device) for t in (*fit, x))
-                    scores, penalty = probe(*moved, len(names))
-                    row |= {"top1": top1(scores.cpu(), y), "penalty": penalty, "train": len(fit[1])}
-                elif task == "fewshot":
-                    draws = [fewshot(*fit, x, names, shots, seed) for seed in range(DRAWS)]
-                    found = [top1(scores, y) for scores in draws]
-                    row |= {"top1": statistics.mean(found), "deviation": statistics.stdev(found)}
-                    row |= {"shots": shots, "draws": DRAWS}
+                if task in fits:
+                    row |= fits[task](run, train_x, train_y, x, y, names, options)
                 else:  # prompts are for the way of the objective, not for a head beside it
                     beside = task != "zeroshot" and "zeroshot" in tasks
                     prompts = None if beside else options["prompts"]
@@ -552,7 +470,7 @@ def task_name(row: dict) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("task", help=f"{', '.join(TASKS)}; from the shelf: {plugins.names('task')}")
+    add("task", help=f"zeroshot, or from the shelf: {plugins.names('task')}")
     add("run", type=Path, help="the run's folder")
     add("--data", help="training images for probe and few-shot, else the images to evaluate on")
     add("--val-data", help="images to evaluate on; default: the run's own")
@@ -576,7 +494,7 @@ def measure_command(argv: list[str] | None):
         raise UserError("--prompt needs {} where the class name goes")
     run = load_run(args.run, pick_device(args.device))
     given = {name: getattr(args, name) for name in GIVEN}
-    train, val = open_sources(run.config, args.task in ("probe", "fewshot"), **given)
+    train, val = open_sources(run.config, bool(fitted(args.task)), **given)
     if val is None:
         raise UserError("there is no validation data: name some with --val-data")
     own = {"prompts": args.prompts, "limit": args.limit}
@@ -589,7 +507,7 @@ def measure_command(argv: list[str] | None):
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     with data.one_sentence():
-        if argv and argv[0] not in TASKS and not argv[0].startswith("-"):
+        if argv and argv[0] not in OWN_WAYS and not argv[0].startswith("-"):
             find("task", argv[0])(argv[1:])
         else:
             measure_command(argv)

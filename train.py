@@ -370,10 +370,10 @@ def evaluate(run: evaluation.Run, train_source, val_source, rank: int):
     scored = any(row["step"] == run.step for row in evaluation.own_rows(run.folder))
     if rank or scored or not val_source:
         return
-    tasks, fitted = list(run.objective.tasks), ("probe", "fewshot")
+    tasks = list(run.objective.tasks)
     if train_source.attributes != val_source.attributes:
-        tasks = [task for task in tasks if task not in fitted]
-    limit = PROBE_IMAGES if set(tasks) & set(fitted) else None
+        tasks = [task for task in tasks if not evaluation.fitted(task)]
+    limit = PROBE_IMAGES if any(map(evaluation.fitted, tasks)) else None
     options = {"limit": limit, "workers": run.config.workers}
     try:
         rows = evaluation.measure(tasks, run, train_source, val_source, **options)

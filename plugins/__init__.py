@@ -72,6 +72,8 @@ TABLE = {
         "supervised": "plugins.supervised.Objective",
     },
     "task": {
+        "probe": "plugins.probe.main",
+        "fewshot": "plugins.fewshot.main",
         "retrieval": "plugins.retrieval.main",
         "words": "plugins.pictures.show_words",
         "search": "plugins.pictures.show_search",

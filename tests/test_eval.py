@@ -5,7 +5,6 @@ import math
 import shutil
 from argparse import Namespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,16 +14,13 @@ from data import UserError, caption_labels, caption_tokens, load_source, load_to
 from eval import (
     Run,
     extract,
-    fewshot,
     load_run,
     open_objective,
     open_sources,
     own_rows,
-    probe,
     read_jsonl,
     score_bags,
     token_bags,
-    top1,
     zeroshot,
 )
 from superclass import IDF, SuperClass, ViT
@@ -101,79 +97,6 @@ def test_zeroshot_of_a_head_with_sigmoids(small):
     objective = open_objective(Namespace(objective="superclass", loss="bce"))
     scores = zeroshot(run._replace(objective=objective), features, [["red"]])
     torch.testing.assert_close(scores[:, 0], log_p[:, ids] @ w / w.sum())
-
-
-def blobs(n, seed=0):
-    """Three classes of points in 10 dimensions, told apart by the first two alone."""
-    rng = np.random.default_rng(seed)
-    y = rng.integers(3, size=n)
-    x = rng.normal(0, 1, (n, 10))
-    x[:, :2] += np.array([[0, 4], [4, 0], [-4, -4]])[y]
-    return torch.tensor(x * 7 + 3).float(), torch.tensor(y)
-
-
-def test_probe_takes_the_penalty_that_is_best_on_held_out_images(monkeypatch):
-    """Fits with 1e-3 are good ones, all others are zero."""
-    (x, y), (val_x, _) = blobs(300), blobs(20, seed=1)
-    real, fitted, checked = evaluation.regress, [], []
-
-    def regress(x, y, classes, penalty, start=None):
-        fitted.append((len(x), penalty))
-        weight = real(x, y, classes, 1e-2)
-        return weight if penalty == 1e-3 else torch.zeros_like(weight)
-
-    def score(scores, labels):
-        checked.append(len(labels))
-        return top1(scores, labels)
-
-    monkeypatch.setattr(evaluation, "regress", regress)
-    monkeypatch.setattr(evaluation, "top1", score)
-    scores, penalty = probe(x, y, val_x, 3)
-    assert penalty == 1e-3 and checked == [30] * 5
-    assert fitted == [(270, 10.0**-n) for n in range(1, 6)] + [(300, 1e-3)]
-    train_x, val_x = evaluation.standardize(x, val_x)
-    torch.testing.assert_close(scores, evaluation.linear(val_x, real(train_x, y, 3, 1e-2)))
-
-
-def test_probe_separates_what_is_separable():
-    (x, y), (val_x, val_y) = blobs(300), blobs(500, seed=1)
-    assert top1(probe(x, y, val_x, 3)[0], val_y) > 0.98
-    shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
-    assert top1(probe(x, shuffled, val_x, 3)[0], val_y) < 0.6
-
-
-def test_probe_reaches_the_optimum():
-    """At a minimum the gradient of the penalised cross-entropy is zero; checked in float64."""
-    x, y = blobs(200)
-    x = evaluation.standardize(x)[0]
-    weight = evaluation.regress(x, y, 3, 1e-2).double().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(evaluation.linear(x.double(), weight), y)
-    (loss + 1e-2 / 2 * weight[:-1].square().sum()).backward()
-    assert weight.grad.abs().max() < 1e-3
-
-
-def test_fewshot_is_ridge_regression():
-    (x, y), (val_x, _) = blobs(300), blobs(20, seed=1)
-    names = [["a"], ["b"], ["c"]]
-    scores = fewshot(x, y, val_x, names, shots=300 // 4, seed=0)
-    # All 75 shots of each class; an independent solution by least squares on an augmented system.
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.cat(
-        [
-            m[torch.randperm(len(m), generator=generator)[:75]]
-            for m in ((y == c).nonzero()[:, 0] for c in range(3))
-        ]
-    )
-    a = x[chosen].double().numpy()
-    mean, std = a.mean(axis=0), a.std(axis=0, ddof=1) + 1e-5
-    design = np.hstack([(a - mean) / std, np.full((len(a), 1), 100.0)])
-    target = np.where(y[chosen].numpy()[:, None] == np.arange(3), 1.0, -1.0)
-    rows = np.vstack([design, 32 * np.eye(11)])  # 32^2 = 1024
-    weight = np.linalg.lstsq(rows, np.vstack([target, np.zeros((11, 3))]), rcond=None)[0]
-    tests = np.hstack([(val_x.double().numpy() - mean) / std, np.full((20, 1), 100.0)])
-    np.testing.assert_allclose(scores.numpy(), tests @ weight, rtol=1e-6, atol=1e-8)
-    with pytest.raises(UserError, match=r"class 'a' has \d+ training images, fewer than 200"):
-        fewshot(x, y, val_x, names, shots=200, seed=0)
 
 
 @pytest.fixture(scope="module")
