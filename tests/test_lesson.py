@@ -1,0 +1,100 @@
+"""The notebooks in docs/: run from top to bottom with fewer steps, and compared with the code."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import train
+from tests.conftest import ROOT
+
+STEPS = 20  # of the lesson's page; the committed outputs have 600
+NAMES = ("lesson", "exercises", "answers")
+PATHS = {name: ROOT / "docs" / f"{name}.ipynb" for name in NAMES}
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(PATHS[name], as_version=4)
+
+
+def cells(notebook: nbformat.NotebookNode, tag: str | None = None) -> list[nbformat.NotebookNode]:
+    """The code cells of a notebook, or those with a tag."""
+    found = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in found if tag is None or tag in cell.metadata.get("tags", ())]
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def errors(cell: nbformat.NotebookNode) -> list[str]:
+    return [output.ename for output in cell.outputs if output.output_type == "error"]
+
+
+@pytest.fixture(scope="module")
+def executed() -> dict[str, nbformat.NotebookNode]:
+    """Each notebook after all its cells have run, whether or not they failed."""
+
+    def execute(name: str) -> nbformat.NotebookNode:
+        place = {"metadata": {"path": str(PATHS[name].parent)}}
+        options = {"timeout": 300, "allow_errors": True, "resources": place}
+        return NotebookClient(read(name), **options).execute()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LESSON_STEPS", str(STEPS))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ThreadPoolExecutor(len(NAMES)) as pool:
+            return dict(zip(NAMES, pool.map(execute, NAMES), strict=True))
+
+
+@pytest.mark.parametrize("name", ["lesson", "answers"])
+def test_it_runs_from_top_to_bottom(name, executed):
+    for cell in cells(executed[name]):
+        assert not errors(cell), (cell.source, cell.outputs)
+
+
+def test_exercises_without_answers_fail_their_checks(executed):
+    unanswered, answered = (cells(read(name), "check") for name in ("exercises", "answers"))
+    assert len(unanswered) == 10
+    assert [cell.source for cell in unanswered] == [cell.source for cell in answered]
+    failed = [cell for cell in cells(executed["exercises"]) if errors(cell)]
+    assert [cell.source for cell in failed] == [cell.source for cell in unanswered]
+    assert {error for cell in failed for error in errors(cell)} == {"AssertionError"}
+
+
+def test_what_does_not_depend_on_the_machine_is_printed_as_committed(executed):
+    committed = cells(read("lesson"), "exact")
+    assert len(committed) >= 8
+    for then, now in zip(committed, cells(executed["lesson"], "exact"), strict=True):
+        assert printed(then) == printed(now), then.source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_file_is_complete_and_small(name):
+    assert PATHS[name].stat().st_size < 400_000
+    numbers = [cell.execution_count for cell in cells(read(name))]
+    if name == "exercises":  # as the reader finds them
+        assert not any(cell.outputs for cell in cells(read(name), "check"))
+    else:
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert not any(errors(cell) for cell in cells(read(name)))
+
+
+def test_the_page_is_a_whole_program_and_trains_as_train_py_does(tmp_path, monkeypatch):
+    page = "\n\n".join(cell.source for cell in cells(read("lesson"), "page"))
+    assert page.count("\n") < 130
+    names = {"STEPS": STEPS}
+    exec(page, names)  # this repository's own text
+
+    monkeypatch.setattr(train, "evaluate", lambda *_: None)
+    flags = ["--samples", str(STEPS * 128), "--log-every", "1", "--precision", "fp32"]
+    train.main([*flags, "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert names["losses"] == pytest.approx(losses, abs=1e-4) and len(losses) == STEPS
+
+    (output,) = (printed(c) for c in cells(read("lesson")) if "first losses:" in printed(c))
+    committed = [float(word) for word in output.splitlines()[0].split()[2:]]
+    assert committed == pytest.approx(losses, abs=1e-3)
