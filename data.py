@@ -22,8 +22,10 @@ import io
 import itertools
 import math
 import multiprocessing
+import os
 import signal
 import sys
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -100,7 +102,8 @@ def read_tokenizer(content: bytes | Path, config: dict):
 # ------------------------------------------------------------------------------------------------
 # Samples.
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_TYPES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+UNREAD_TYPES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")  # images, too
 KINDS = ("missing image", "unreadable image", "missing caption", "unusable caption")
 KINDS += ("unreadable row", "damaged shard", "unknown label")
 
@@ -109,7 +112,7 @@ class BadSample(Exception):
     """A sample that cannot be used: one of the KINDS, and a detail for the user."""
 
     def __init__(self, kind: str, detail: object = ""):
-        super().__init__(kind, str(detail))
+        super().__init__(kind, printable(detail))
         self.kind, self.detail = self.args
 
     def __str__(self) -> str:
@@ -134,10 +137,22 @@ class Sample(NamedTuple):
     reads: dict[str, list[int]] = {}  # what else the objective reads
 
 
+def printable(text: object) -> str:
+    """A short text for messages, whatever the data holds: file names need not be UTF-8."""
+    text = str(text).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"
+
+
+def normal(text: str) -> str:
+    """Unicode's form C: the same text has the same code points, whoever wrote it."""
+    return unicodedata.normalize("NFC", text)
+
+
 def read_part(part, what: str):
     """The image or caption of a Raw, its file's bytes for a Path; raises BadSample if missing."""
     try:
-        part = part.read_bytes() if isinstance(part, Path) else part
+        if isinstance(part, Path):  # but to read a pipe might never end
+            part = None if part.exists() and not part.is_file() else part.read_bytes()
     except (OSError, ValueError) as error:  # the latter for a name that no file can have
         raise BadSample(f"missing {what}", getattr(error, "strerror", error)) from None
     if part is None:
@@ -146,7 +161,7 @@ def read_part(part, what: str):
 
 
 def read_caption(caption: str | bytes | Path | None) -> str:
-    """The text of a caption; raises BadSample if there is none."""
+    """The text of a caption in normal form; raises BadSample if there is none."""
     caption = read_part(caption, "caption")
     try:
         if isinstance(caption, bytes):
@@ -156,7 +171,7 @@ def read_caption(caption: str | bytes | Path | None) -> str:
         raise BadSample("unusable caption", "not UTF-8") from None
     if not caption.strip():
         raise BadSample("unusable caption", "empty")
-    return caption
+    return normal(caption)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -174,7 +189,8 @@ class Start(NamedTuple):
 class Source:
     """Samples for training and evaluation. `attributes` is {attribute: [names of each class]}.
 
-    Each kind of source defines:
+    What a source holds is a sample, good or bad, or counted in `left_out` under the rule by which
+    it is neither (docs/data.md). Each kind of source defines:
         stream: the samples, good and bad, at the positions reader, reader + readers, ... of an
             endless stream, whose order depends only on the seed. Yields (Sample or BadSample,
             None), or, with lanes, (..., (lane, from where the lane goes on)).
@@ -186,6 +202,7 @@ class Source:
     attributes: dict[str, list[list[str]]] = {}
     most_lanes = 0  # more lanes than this share some of the data; 0: no lanes, one order for all
     has_splits = False  # whether "val" is other data than "train"
+    left_out: Counter = Counter()  # rule -> number; this one stays empty
 
     def captions(self, limit: int) -> Iterator[str]:
         """The questions and captions of the first `limit` samples, to learn a tokenizer."""
@@ -193,7 +210,7 @@ class Source:
         for _, raw in itertools.islice(samples, limit):
             with contextlib.suppress(BadSample):
                 caption = read_caption(getattr(raw, "caption", None))  # a BadSample has none
-                yield f"{raw.question} {caption}" if raw.question else caption
+                yield f"{read_caption(raw.question)} {caption}" if raw.question else caption
 
 
 class Pairs(Source):
@@ -228,60 +245,10 @@ class Pairs(Source):
             yield [(i, self.raw(i)) for i in chosen]
 
 
-def number_classes(names: list[list[str]]) -> dict[str | None, int]:
-    """The class of each label: its names, and its number from 0; -1 without a label."""
-    numbers = {None: -1} | {str(c): c for c in range(len(names))}
-    for c, aliases in enumerate(names):
-        numbers |= {name.replace("_", " "): c for name in aliases}
-    return numbers
-
-
-class Files(Pairs):
-    """Images on disk, from rows of (image path, caption or its path, label, question) or None."""
-
-    def __init__(self, rows: list[tuple | None], names: list[list[str]] | None):
-        labels = {row[2] for row in rows if row} - {None}
-        names = names or [[label] for label in sorted(labels)]  # by default each label is a class
-        self.rows, self.numbers = rows, number_classes(names)
-        self.attributes = {"class": names} if labels else {}
-        if unknown := sorted(labels - self.numbers.keys()):
-            raise UserError(f"label '{unknown[0]}' is not one of the {len(names)} of --class-names")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def raw(self, i: int) -> Raw | BadSample:
-        if self.rows[i] is None:
-            return BadSample("unreadable row", f"number {i + 1}")
-        image, caption, label, question = self.rows[i]
-        return Raw(image, caption, (self.numbers[label],) * len(self.attributes), question)
-
-
-def open_folder(root: Path, names: list[list[str]] | None) -> Files:
-    """All images below a folder; a subfolder's name is the class of its images.
-
-    With `names`, folders of other names have no class: they may just sort the files.
-    """
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    images = [path for path in files if path.suffix.lower() in IMAGE_TYPES]
-    if not images:
-        kinds = Counter(path.suffix or "no extension" for path in files)
-        found = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)) or "no file at all"
-        raise UserError(f"{root} holds no image ({', '.join(IMAGE_TYPES)}); found: {found}")
-    rows, known = [], number_classes(names) if names else None
-    for path in images:
-        label = path.parent.name.replace("_", " ") if path.parent != root else None
-        label = label if known is None or label in known else None
-        rows.append((path, texts.get(path.with_suffix("")), label, None))
-    alone = sorted(texts.keys() - {path.with_suffix("") for path in images})
-    return Files(rows + [(None, texts[stem], None, None) for stem in alone], names)
-
-
 def read_class_names(path: str) -> list[list[str]]:
     """The file of --class-names: one class a line, its names separated by commas."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = normal(Path(path).read_text(encoding="utf-8-sig")).rstrip().split("\n")
     except (OSError, UnicodeError) as error:
         raise UserError(f"--class-names {path} cannot be read: {error}") from None
     names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
@@ -293,7 +260,7 @@ def read_class_names(path: str) -> list[list[str]]:
 def load_source(
     spec: str, split: str = "train", root: str = "data", class_names: str | None = None
 ) -> Source:
-    """Open what --data names.
+    """Open what --data names, and say what of it is left out.
 
     Args:
         spec: a folder of images, or NAME or NAME:ARG of the shelf, where types of files, such as
@@ -304,23 +271,35 @@ def load_source(
     Raises:
         UserError: if there is no such source, or it holds nothing of its kind.
     """
-    path, (name, _, arg), known = Path(spec), spec.partition(":"), TABLE["data"].keys()
+    (name, _, arg), known = spec.partition(":"), TABLE["data"].keys()
     of_classes = read_class_names(class_names) if class_names else None
-    if name not in known:  # a file of a type on the shelf, or a folder that holds some
-        inside = (
-            {f"*{p.suffix.lower()}" for p in path.iterdir()} if path.is_dir() else {path.suffix}
-        )
-        if not inside & known and path.is_dir():
-            return open_folder(path, of_classes)
-        if inside & known and inside & {f"*{kind}" for kind in IMAGE_TYPES}:
-            raise UserError(f"{path} holds both shards and images: give each its own folder")
-        name, arg = next(((ending, spec) for ending in inside & known), (name, arg))
+    endings = [name for name in known if name[0] == "."]
+
+    def kind(name: str) -> str:
+        return next((end for end in endings if name.lower().endswith(end)), "")
+
     try:
-        return find("data", name)(arg, split, root, of_classes)
+        if name not in known and os.path.isdir(spec):
+            inside = {entry for entry in os.listdir(spec) if entry[0] != "."}
+            shards = {f"*{kind(entry)}" for entry in inside if kind(entry)} & known
+            if shards and any(entry.lower().endswith(IMAGE_TYPES) for entry in inside):
+                raise UserError(f"{spec} holds both shards and images: give each its own folder")
+            name, arg = next(iter(shards), "*"), spec
+        elif name not in known and kind(spec):
+            name, arg = kind(spec), spec
+        source = find("data", name)(arg, split, root, of_classes)
     except (LookupError, FileNotFoundError):
-        raise UserError(
-            f"no source '{spec}': use {names('data')}, or a folder, table or .tar shards that exist"
-        ) from None
+        what = f"the type of {spec} is not read" if os.path.exists(spec) else f"no source '{spec}'"
+        use = f"{names('data')}, or a folder, table or shards that exist ({', '.join(endings)})"
+        raise UserError(f"{what}: use {use}") from None
+    except OSError as error:
+        raise UserError(f"{spec} cannot be read: {error}") from None
+    if source.left_out and os.environ.get("RANK", "0") == "0":
+        say_once(f"{spec}: left out {describe(source.left_out)}")
+    return source
+
+
+say_once = functools.cache(lambda line: tqdm.write(printable(line), file=sys.stderr))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -331,26 +310,59 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # such an image 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in 0 to 1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of several pictures, the first
+# EXIF's orientations that are not upright, sideways from 5 on, and what turns them
+TURNS = {i: Image.Transpose(n) for i, n in enumerate((0, 3, 1, 5, 4, 6, 2), 2)}
+
+
+@contextlib.contextmanager
+def decoding():
+    """Decoders of untrusted bytes raise almost anything; here, a BadSample."""
+    try:
+        yield
+    except Exception as error:
+        raise BadSample("unreadable image", error) from None
+
 
 def open_image(file: Image.Image | bytes | Path | None) -> Image.Image:
     """Open an image from memory or disk, reading only its header; raises BadSample if it cannot."""
     content = read_part(file, "image")
     if isinstance(content, Image.Image):
         return content
-    try:
-        return Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
-    except Image.UnidentifiedImageError:
-        what = f"{len(content)} bytes that are not JPEG, PNG or WebP"
-        raise BadSample("unreadable image", what) from None
-    except Exception as error:  # decoders of untrusted bytes raise almost anything
-        raise BadSample("unreadable image", error) from None
+    with decoding():
+        try:
+            return Image.open(io.BytesIO(content), formats=FORMATS)
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"{len(content)} bytes that are not {', '.join(FORMATS)}") from None
+
+
+def upright(image: Image.Image) -> tuple[int, int, int]:
+    """Width and height of an image as its camera was held, and its orientation: EXIF's, 1 to 8.
+
+    Phones store pictures sideways and say so there. Raises BadSample if the image is damaged.
+    """
+    with decoding():
+        if image.format == "PNG":  # its EXIF may come last
+            image.load()
+    turn = 1
+    with contextlib.suppress(Exception):  # damaged EXIF is none
+        turn = image.getexif().get(0x0112)
+    turn = turn if turn in TURNS and image.format != "TIFF" else 1  # Pillow itself turns a TIFF
+    return *(image.size[::-1] if turn > 4 else image.size), turn
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode to RGB: 16-bit images are scaled to 8 bits, transparent pixels become white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
+    level = image.info.get("transparency")
+    if image.mode[0] in "IF":
+        pixels = np.asarray(image)
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}")  # black and white?
+        grey = np.where(pixels == level, 255, pixels >> 8).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if isinstance(level, tuple) and max(level) > 255:  # of 16 bits; Pillow has made 8 of the pixels
+        image.info["transparency"] = tuple(value >> 8 for value in level)
+    if "A" in image.getbands() or level is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -359,19 +371,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def resized_crop(image: Image.Image, box: tuple[float, ...], size: int) -> Image.Image:
     """The part `box` (left, top, right, bottom; pixels) of an image as size x size RGB, bicubic.
 
-    A JPEG is decoded at a half, a quarter or an eighth of its resolution if that still leaves
-    `size` pixels across the box, which is several times faster. Raises BadSample if it is damaged.
+    The image is turned upright first. A JPEG is decoded at a half, a quarter or an eighth of its
+    resolution if that still leaves `size` pixels across the box, which is several times faster.
+    Raises BadSample if it is damaged.
     """
-    width, height = image.size
+    width, height, turn = upright(image)
     wanted = min(box[2] - box[0], box[3] - box[1]) / size  # source pixels per output pixel
     if wanted >= 2:
-        image.draft(None, (math.ceil(width / wanted), math.ceil(height / wanted)))
-    fx, fy = image.width / width, image.height / height
-    box = (box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy)
-    try:
-        return to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-    except Exception as error:  # as in `open_image`
-        raise BadSample("unreadable image", error) from None
+        enough = math.ceil(width / wanted), math.ceil(height / wanted)
+        image.draft(None, enough[::-1] if turn > 4 else enough)
+    with decoding():
+        image = to_rgb(image)
+        image = image if turn == 1 else image.transpose(TURNS[turn])
+        fx, fy = image.width / width, image.height / height
+        box = (box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 class Augment:
@@ -395,7 +409,9 @@ class Augment:
         if self.crop.scale[0] == 1:
             image = CenterCrop(self.size)(image)
         else:
-            top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+            width, height, _ = upright(image)
+            shape = torch.empty(1, height, width, device="meta")  # all that `get_params` looks at
+            top, left, height, width = self.crop.get_params(shape, self.crop.scale, self.crop.ratio)
             image = resized_crop(image, (left, top, left + width, top + height), self.size)
         for step in self.steps:
             image = step(image)
@@ -409,8 +425,9 @@ class CenterCrop:
         self.size = size
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
+        width, height, _ = upright(image)
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
         return resized_crop(image, (left, top, left + side, top + side), self.size)
 
 
@@ -464,7 +481,8 @@ class Prepare:
             # Nothing else draws from the process's own generator while a view is made.
             torch.default_generator.manual_seed(seed_of(self.seed, *key))
             image = to_tensor(self.view(open_image(raw.image)))
-            texts = {"tokens": caption, "questions": raw.question}
+            question = raw.question and read_caption(raw.question)
+            texts = {"tokens": caption, "questions": question}
             reads = {name: self.encode(caption_tokens, texts[name]) for name in self.reads}
             return Sample(image, labels, raw.targets, reads)
         except BadSample as bad:
@@ -669,9 +687,10 @@ def kill_loaders():
             process.kill()
 
 
-def describe(skipped: Counter) -> str:
-    """Counts by kind in words."""
-    return ", ".join(f"{skipped[kind]} x {kind}" for kind in KINDS if skipped[kind])
+def describe(counts: Counter) -> str:
+    """Counts by reason in words, the most frequent ones first."""
+    some = [f"{n} x {reason}" for reason, n in counts.most_common(8) if n]
+    return ", ".join(some + [f"{len(counts) - 8} more"] * (len(counts) > 8))
 
 
 def refuse_if_bad(good: int, skipped: Counter, enough: int = 0):

@@ -325,6 +325,10 @@ def init_encoder(encoder: nn.Module, path: Path, say=print):
     state = evaluation.read_weights(path / "encoder.pt" if path.is_dir() else path)
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"--init {path} is not an encoder: it must hold nothing but named tensors")
+    # What DistributedDataParallel and torch.compile put before the names of what they wrap.
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+    if broken := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"--init {path} is damaged: {broken[0]} holds NaN or infinite numbers")
     if isinstance(encoder, ViT) and "pos_embed" in state:
         new = encoder.image_size // encoder.patch_size
         old = math.isqrt(state["pos_embed"].numel() // encoder.width)
@@ -513,7 +517,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
             own = vars(resumed).get(key)
             if key not in evaluation.MAY_CHANGE and value != own:
                 started = f"{config.out} was started with --{key.replace('_', '-')} {own}"
-                raise UserError(f"{started}, it cannot go on with {value}")
+                new = f"start another one from it with --init {config.out}"
+                raise UserError(f"{started}, it cannot go on with {value}: {new}")
         vars(resumed).update(given)
         return resumed, True
     if config.init and Path(config.init).is_dir():  # its model and image size, if none were given

@@ -23,17 +23,18 @@ DEFINES = {
 TORCHSETS = "cifar10 cifar100 imagenet pets cars food101 flowers102 dtd stl10 eurosat sun397"
 TORCHSETS += " caltech101 coco"  # torchvision's sets, for training and evaluation
 
-# flag -> name -> where it is; .tar is a file with this ending, *.tar a folder that holds some
+# flag -> name -> where it is; .tar is a file with this ending, *.tar a folder that holds some, and
+# * any other folder
 TABLE = {
     "data": {
         "shapes": "plugins.shapes.open_source",
         "fashion-mnist": "plugins.torchsets.fashion_mnist",
         **{name: f"plugins.torchsets.{name}" for name in TORCHSETS.split()},
-        ".tar": "plugins.shards.open_source",
-        "*.tar": "plugins.shards.open_source",
-        ".csv": "plugins.tablefiles.open_source",
-        ".tsv": "plugins.tablefiles.open_source",
-        ".jsonl": "plugins.tablefiles.open_source",
+        **dict.fromkeys((".tar", ".tar.gz", ".tgz"), "plugins.shards.open_source"),
+        **dict.fromkeys(("*.tar", "*.tar.gz", "*.tgz"), "plugins.shards.open_source"),
+        **dict.fromkeys((".csv", ".tsv", ".jsonl", ".json"), "plugins.tablefiles.open_source"),
+        **dict.fromkeys((".csv.gz", ".tsv.gz", ".jsonl.gz"), "plugins.tablefiles.open_source"),
+        "*": "plugins.files.open_source",
     },
     "tokenizer": {
         "bpe": "plugins.bpe.open_tokenizer",

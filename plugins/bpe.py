@@ -16,15 +16,17 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from data import UserError, read_tokenizer
+from data import UserError, normal, read_tokenizer
 
 # How a caption is cut into words, each with the blank before it, as in GPT-2's tokenizer.
 WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 def plain(text: str) -> str:
-    """Lower case, with one blank before each word: "Dog", "a dog" and "a  dog" share a label."""
-    return " ".join(["", *text.lower().split()])
+    """Lower case in normal form, with one blank before each word, so that "Dog" and "a  dog" share
+    a label, and so do the two ways to write é.
+    """
+    return normal(" ".join(["", *text.lower().split()]))
 
 
 class BytePairs(tiktoken.Encoding):

@@ -38,6 +38,7 @@ import eval as evaluation
 from data import BadSample, CenterCrop, Prepare, Raw, UserError, caption_tokens, normalize, number
 from eval import Run
 from plugins import names
+from plugins.files import Files
 from superclass import IDF, SuperClass
 
 # ------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def show_words(argv: list[str]) -> list:
     if args.image and args.data:
         raise UserError("give images or --data, not both")
     run = load(args, or_texts=True)
-    files = data.Files([(path, None, None, None) for path in args.image], None)
+    files = Files([(path, None, None, None) for path in args.image], None, Counter())
     source, limit = (files, None) if args.image else (run_source(run, args.data), args.number)
     views = [Prepare(CenterCrop(size)) for size in (TILE, run.config.image_size)]
     samples, _ = gather(itertools.chain(*source.once(0, 1, 256, limit)), *views)
@@ -351,7 +352,7 @@ def name_of(raw: Raw) -> str:
     try:
         return data.read_caption(raw.caption)
     except BadSample:
-        return raw.image.name if isinstance(raw.image, Path) else ""
+        return data.printable(raw.image.name) if isinstance(raw.image, Path) else ""
 
 
 def pixels(sample: data.Sample) -> np.ndarray:
@@ -462,13 +463,16 @@ def show_data(argv: list[str] | None = None) -> dict[str, list]:
     add = parser.add_argument
     add("data", help=f"{names('data')}, a folder, a table, .tar shards")
     add("--number", type=number(int, 1), default=12, help="samples to draw")
+    add("--limit", type=number(int, 0), default=1000, help="samples to look at; 0: all")
     data.add_data_flags(add)
     args = parser.parse_args(argv)
     source = data.load_source(args.data, "train", args.data_root, args.class_names)
     tokenizer = data.load_tokenizer(args.tokenizer, source.captions(50_000))
     view = data.Augment(args.image_size, args.min_scale, args.flip, args.color_jitter)
     prepare = Prepare(view, tokenizer, args.seed, ("tokens",))
-    samples, bad = gather(itertools.chain(*source.once(0, 1, 256, 1000)), prepare)
+    samples, bad = gather(
+        itertools.chain.from_iterable(source.once(0, 1, 256, args.limit or None)), prepare
+    )
     captions = [name_of(raw) for _, raw, _ in samples]
     tokens = [caption_tokens(c, tokenizer, 10**6) for c in captions]
     labels = [list(dict.fromkeys(view.reads["tokens"])) for *_, view in samples]
@@ -480,9 +484,13 @@ def show_data(argv: list[str] | None = None) -> dict[str, list]:
         "shorter side, pixels": [min(data.open_image(raw.image).size) for _, raw, _ in samples],
     }.items():
         quantiles.append([key, *np.quantile(numbers, (0, 0.05, 0.5, 0.95, 1), method="nearest")])
-    skipped = [["bad samples", f"of {len(samples) + len(bad)}"]]
-    skipped += Counter(item.kind for item in bad).items()
-    skipped += [("captions cut to 77 tokens", sum(len(ids) > 77 for ids in tokens))]
+    looked, all_of = len(samples) + len(bad), f", of {source}" if args.limit else ""
+    account = [["account", "samples"], (f"looked at{all_of}", looked), ("used", len(samples))]
+    account += [(f"bad: {kind}", n) for kind, n in Counter(b.kind for b in bad).most_common()]
+    account += [(f"left out: {rule}", n) for rule, n in source.left_out.most_common()]
+    if source.attributes:
+        account += [("used, without a class", sum(min(view.targets) < 0 for *_, view in samples))]
+    account += [("used, caption cut to 77 tokens", sum(len(ids) > 77 for ids in tokens))]
     idf, frequent = IDF(tokenizer.n_vocab), [["frequent tokens", "of captions", "IDF"]]
     idf.update(data.pad(labels))
     for i in idf.df.argsort(descending=True, stable=True)[: min(16, idf.df.count_nonzero())]:
@@ -495,11 +503,12 @@ def show_data(argv: list[str] | None = None) -> dict[str, list]:
     about = f"views of {args.image_size} px as in training; captions; in blue their labels, the "
     about += f"tokens of {args.tokenizer}, where -x is a piece inside a word"
     sheet(f"{args.data}: {source}", about, [("", cells)], 6, args.out)
-    for table in (quantiles, skipped, frequent):
+    for table in (quantiles, account, frequent):
+        width = max(26, *(len(first) for first, *_ in table))
         for first, *rest in table:
-            print(f"{first:<26}", *(f"{cell:>11}" for cell in rest))
+            print(f"{data.printable(first):<{width}}", *(f"{cell:>11}" for cell in rest))
         print()
-    return {"quantiles": quantiles, "skipped": skipped, "tokens": frequent}
+    return {"quantiles": quantiles, "account": account, "tokens": frequent}
 
 
 def make_parser(program: str, about: str, out: str = "", of_a_run=False) -> ArgumentParser:

@@ -1,13 +1,17 @@
 """Webdataset shards, and the lanes in which any number of readers sees the same samples.
 
---data 'PATTERN.tar'      braces {00..99} or {a,b}, a glob, a folder, or a remote address
+--data 'PATTERN.tar'      braces {00..99} or {a,b}, a glob, a folder, or a remote address; .tar.gz
+                          and .tgz, too; several joined by ::
 """
 
-import glob
 import itertools
+import lzma
+import os
 import re
 import tarfile
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -15,7 +19,21 @@ from typing import BinaryIO
 import fsspec
 import numpy as np
 
-from data import IMAGE_TYPES, BadSample, Raw, Sample, Source, Start, UserError, number_classes
+from data import (
+    IMAGE_TYPES,
+    UNREAD_TYPES,
+    BadSample,
+    Raw,
+    Sample,
+    Source,
+    Start,
+    UserError,
+)
+from plugins.labels import number_classes, plain_label, unknown_label
+
+IMAGES = {kind[1:]: None for kind in IMAGE_TYPES}.keys()  # a set with an order
+UNREAD, TEXTS = {kind[1:] for kind in UNREAD_TYPES}, {"txt", "cls"}
+DAMAGE = (tarfile.TarError, EOFError, ValueError, ArithmeticError, zlib.error, lzma.LZMAError)
 
 
 class Shards(Source):
@@ -32,6 +50,13 @@ class Shards(Source):
         self.most_lanes = len(self.urls)
         self.numbers = number_classes(names or [])
         self.attributes = {"class": names} if names else {}
+        beside = (
+            [path for path in Path(spec).iterdir() if not is_shard(path)]
+            if os.path.isdir(spec)
+            else []
+        )
+        self.beside = Counter("file or folder beside the shards" for _ in beside)
+        self.left: dict[str, Counter] = {}  # shard -> rule -> number
 
     def __str__(self) -> str:
         return f"{len(self.urls):,} shards"
@@ -47,39 +72,76 @@ class Shards(Source):
                 reason = f"{type(error).__name__} {error.__cause__ or error}"
         raise UserError(f"shard {url} could not be read in {len(self.DELAYS)} tries: {reason}")
 
+    @property
+    def left_out(self) -> Counter:
+        """Of the shards that this process has read, and of what lies beside them."""
+        return sum(self.left.values(), self.beside)
+
     def samples(self, file: BinaryIO, url: str) -> Iterator[Raw | BadSample]:
-        """The samples of a tar file: its members grouped by their name up to its first dot."""
+        """The samples of a tar file: neighbours whose file names agree up to the first dot.
+
+        A second member of one name starts another sample.
+        """
         last, parts = None, {}
+        left_out = self.left[url] = Counter()  # anew each time that the shard is read
         try:
-            with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
+            # With `ignore_zeros`, a tar that was appended to another one is read, too.
+            options = {"mode": "r|*", "tarinfo": StrictTarInfo, "ignore_zeros": True}
+            with tarfile.open(fileobj=file, **options) as tar:
                 for member in tar:
                     path = PurePosixPath(member.name)
-                    if not member.isfile() or path.is_absolute() or ".." in path.parts:
-                        yield BadSample("damaged shard", f"{url}: {path} is not a plain file")
-                        continue
                     stem, _, kind = path.name.partition(".")
-                    key = path.parent / stem
-                    if parts and key != last:
-                        yield self.sample(parts, f"{last} in {url}")
-                        parts = {}
-                    parts[kind.lower()] = tar.extractfile(member).read()
-                    last = key
-        except tarfile.ReadError as error:
+                    if not is_plain(member, path):
+                        yield BadSample("damaged shard", f"{url}: {path} is not a plain file")
+                    elif member.isdir():
+                        left_out["folder in a shard"] += 1
+                    elif any(part[0] == "." for part in path.parts):
+                        left_out["hidden file"] += 1
+                    else:
+                        key, kind = path.parent / stem, kind.lower()
+                        if parts and (key != last or kind in parts):
+                            yield from self.split(parts, last, url)
+                            parts = {}
+                        parts[kind], last = tar.extractfile(member).read(), key
+        except DAMAGE as error:
             parts = {}  # the current sample is cut off
             yield BadSample("damaged shard", f"{url}: {error}")
         if parts:
-            yield self.sample(parts, f"{last} in {url}")
+            yield from self.split(parts, last, url)
 
-    def sample(self, parts: dict[str, bytes], where: str) -> Raw | BadSample:
-        image = next((parts[kind[1:]] for kind in IMAGE_TYPES if kind[1:] in parts), None)
-        if image is None or not {"txt", "cls"} & parts.keys():
-            missing = "missing image" if image is None else "missing caption"
+    def split(self, parts: dict[str, bytes], key: PurePosixPath, url: str):
+        """The samples among neighbours with one key, more than one if their keys had dots in them.
+
+        A key ends at the first dot, as in webdataset: `7.jpg 7.seg.png 7.txt` are one sample. But
+        an image and its text with a longer name in common, up to the last dot, are a sample of
+        their own, and without an image KEY.jpg (or the like) all names end there:
+        `v1.5.jpg v1.5.txt v1.6.jpg v1.6.txt`.
+        """
+        stems = {}
+        for kind, content in parts.items():
+            stem, _, ending = kind.rpartition(".")
+            stems.setdefault(stem, {})[ending] = content
+        for stem, some in stems.items():
+            image, text = some.keys() & IMAGES, some.keys() & TEXTS
+            ends_here = not stem or not stems.get("", {}).keys() & IMAGES
+            if (image and text) or (ends_here and (image or text)):
+                yield self.sample(some, f"{key}{stem and '.'}{stem} in {url}", url)
+            else:
+                self.left[url].update(map(other_type, some))
+
+    def sample(self, parts: dict[str, bytes], where: str, url: str) -> Raw | BadSample:
+        image = next((kind for kind in IMAGES if kind in parts), None)
+        self.left[url].update(map(other_type, parts.keys() - TEXTS - {image} - UNREAD))
+        if image is None or not TEXTS & parts.keys():
+            what = "unreadable" if UNREAD & parts.keys() and not image else "missing"
+            missing = "missing caption" if image else f"{what} image"
             return BadSample(missing, f"{where} has only {', '.join(sorted(parts))}")
         label = parts["cls"].decode("utf-8-sig", "replace").strip() if "cls" in parts else None
-        number = self.numbers.get(label and label.replace("_", " "))
+        number = self.numbers.get(label and plain_label(label))
         if self.attributes and number is None:
-            return BadSample("unknown label", f"{where}: '{label}' is not one of --class-names")
-        return Raw(image, parts.get("txt"), (number,) * len(self.attributes))
+            reason = unknown_label(label, tuple(self.numbers))
+            return BadSample("unknown label", f"{where}: {reason}")
+        return Raw(parts[image], parts.get("txt"), (number,) * len(self.attributes))
 
     def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
         """Position p holds the next good sample of lane p mod L, whoever reads the lane.
@@ -147,37 +209,71 @@ class Shards(Source):
         return self.read(self.urls[place[0]])[place[1]]
 
 
+def is_plain(member: tarfile.TarInfo, path: PurePosixPath) -> bool:
+    """Whether a member is a file or a folder, inside of the archive."""
+    is_inside = not path.is_absolute() and ".." not in path.parts
+    return is_inside and (member.isreg() or member.isdir())
+
+
+def other_type(kind: str) -> str:
+    """The rule by which a member is left out, as for the files of a folder."""
+    return f"file of another type ({kind and '.'}{kind or 'none'})"
+
+
 class StrictTarInfo(tarfile.TarInfo):
-    """Raises for a header that is broken or cut off, which tarfile takes for the archive's end."""
+    """Raises for a header that is broken or cut off, which tarfile takes for the archive's end.
+
+    So it does for a missing end-of-archive mark: whoever wrote the shard did not finish it.
+    """
 
     @classmethod
     def fromtarfile(cls, tar):
         try:
-            return super().fromtarfile(tar)
-        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
-            raise tarfile.ReadError(str(error)) from None
+            info = super().fromtarfile(tar)
+            tar.has_ended = False
+            return info
+        except tarfile.EOFHeaderError:
+            tar.has_ended = True
+            raise
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EmptyHeaderError) and getattr(tar, "has_ended", True):
+                raise
+            raise tarfile.ReadError(f"{error}; what follows is lost") from None
 
 
 def expand_shards(spec: str) -> list[str]:
-    """The shards that braces {00..99} or {a,b}, a glob, a folder or a remote address stand for."""
-    if braces := re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", spec):
+    """The shards that braces {00..99} or {a,b}, a glob, a folder or a remote address stand for.
+
+    Several of these are joined by `::`, which is also what chains file systems for fsspec: there
+    the part before it is no shard (simplecache::s3://...), or one inside the archive that follows.
+    """
+    joined = re.split(r"(?<=\.tar|\.tgz)::|(?<=\.tar\.gz)::", spec, flags=re.IGNORECASE)
+    braces = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", spec)
+    if len(joined) > 1 and not re.match(r"(zip|tar|libarchive)://", spec):
+        urls = [url for part in joined for url in expand_shards(part)]
+    elif braces:
         before, options, after = braces[1], braces[2].split(","), braces[3]
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[2]):
             width = len(numbers[1])
             options = [f"{i:0{width}d}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
         urls = [url for option in options for url in expand_shards(before + option + after)]
-    elif Path(spec).is_file() or ("://" in spec and "*" not in spec):
+    elif os.path.isdir(spec):
+        urls = [str(path) for path in sorted(Path(spec).iterdir()) if is_shard(path)]
+    elif os.path.isfile(spec) or ("://" in spec and "*" not in spec):
         urls = [spec]
     else:
-        pattern = str(Path(glob.escape(spec)) / "*.tar") if Path(spec).is_dir() else spec
         try:
-            files, path = fsspec.url_to_fs(pattern)
+            files, path = fsspec.url_to_fs(spec)
             urls = [files.unstrip_protocol(name) for name in sorted(files.glob(path))]
         except Exception as error:  # each file system of fsspec has its own
             raise UserError(f"{spec} cannot be listed: {type(error).__name__} {error}") from None
     if not urls:
         raise UserError(f"there is no shard {spec}")
     return urls
+
+
+def is_shard(path: Path) -> bool:
+    return path.name.lower().endswith((".tar", ".tar.gz", ".tgz")) and path.name[0] != "."
 
 
 def open_source(spec: str, split: str, root: str, class_names: list | None) -> Shards:

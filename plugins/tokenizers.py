@@ -16,7 +16,7 @@ import regex
 from data import UserError, load_tokenizer, read_tokenizer, save_tokenizer
 from plugins.bpe import format_ranks, parse_ranks, plain
 
-LETTERS = regex.compile(r"\p{L}+")  # the words of `WordTokenizer`
+LETTERS = regex.compile(r"[\p{L}\p{M}]+")  # the words of `WordTokenizer`
 
 # The function words of English, our own list. Table 7 of the paper removes such words.
 FUNCTION_WORDS = """
@@ -57,7 +57,7 @@ class WordTokenizer:
         self.ids = {word: i for i, word in enumerate(words)}
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return [self.ids[word] for word in LETTERS.findall(text.lower()) if word in self.ids]
+        return [self.ids[word] for word in LETTERS.findall(plain(text)) if word in self.ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(self.words[i] for i in ids)
@@ -78,7 +78,7 @@ def open_words(number: str, captions: Iterable[str]) -> WordTokenizer:
     n = int(number) if number.isdecimal() else 0
     if n < 1:
         raise UserError(f"--tokenizer words:{number}: words:N needs a number N of at least 1")
-    counts = Counter(word for caption in captions for word in LETTERS.findall(caption.lower()))
+    counts = Counter(word for caption in captions for word in LETTERS.findall(plain(caption)))
     if len(counts) < n:
         raise UserError(f"--tokenizer words:{n}: there are only {len(counts)} different words")
     words = sorted(counts, key=lambda word: (-counts[word], word))[:n]

@@ -90,13 +90,11 @@ def test_bad_images_are_told_apart(tmp_path):
     giant = bytearray(encoded(Image.new("RGB", (8, 8)), "PNG"))
     giant[16:24] = (60_000).to_bytes(4, "big") * 2
     giant[29:33] = zlib.crc32(giant[12:29]).to_bytes(4, "big")
-    gif = encoded(picture(0), "GIF", save_all=True, append_images=[picture(1)])
     (tmp_path / "empty.jpg").touch()
     cases = [
         ("unreadable image", "0 bytes that are not JPEG", b""),
         ("unreadable image", "empty.jpg 0 bytes", tmp_path / "empty.jpg"),
-        ("unreadable image", "10 bytes that are not JPEG, PNG or WebP", b"plain text"),
-        ("unreadable image", "are not JPEG, PNG or WebP", gif),
+        ("unreadable image", "10 bytes that are not JPEG, PNG, WEBP, BMP", b"plain text"),
         ("unreadable image", "truncated", good[: len(good) // 2]),
         ("unreadable image", "3600000000 pixels", bytes(giant)),
         ("missing image", "none.jpg No such file", tmp_path / "none.jpg"),
@@ -293,9 +291,6 @@ def test_rows_that_tables_may_hold(tmp_path):
     source, prepare = load_source(str(path)), Prepare(CenterCrop(8))
     kinds = [prepare(source.raw(i)).kind for i in range(4)]
     assert kinds == ["missing image"] * 3 + ["unreadable row"]
-    (tmp_path / "t.tsv").write_text('filepath\tcaption\na.png\t"never closed\nb.png\tx\n')
-    with pytest.raises(UserError, match="row 2: unexpected end of data"):
-        load_source(str(tmp_path / "t.tsv"))
 
 
 def test_class_names_may_be_numbers_or_aliases(tmp_path):
@@ -304,14 +299,14 @@ def test_class_names_may_be_numbers_or_aliases(tmp_path):
     source = load_source(str(tmp_path / "t.csv"), class_names=str(tmp_path / "names.txt"))
     assert [source.raw(i).targets for i in range(2)] == [(1,), (0,)]
     (tmp_path / "t.csv").write_text("filepath,caption,label\na.png,x,2\n")
-    with pytest.raises(UserError, match="label '2' is not one of the 2"):
+    with pytest.raises(UserError, match="label '2' is not in --class-names"):
         load_source(str(tmp_path / "t.csv"), class_names=str(tmp_path / "names.txt"))
 
 
 def test_sources_that_hold_nothing_say_what_they_hold(tmp_path):
-    (tmp_path / "a.bmp").touch()
+    (tmp_path / "a.mp4").touch()
     (tmp_path / "b.txt").touch()
-    with pytest.raises(UserError, match=r"no image .*found: 1 x \.bmp, 1 x \.txt"):
+    with pytest.raises(UserError, match=r"no image .*found: 1 x .* type \(\.mp4\), 1 x text"):
         load_source(str(tmp_path))
     (tmp_path / "t.csv").write_text("file,text\na.png,x\n")
     with pytest.raises(UserError, match=r"columns filepath and caption .*found: file, text"):

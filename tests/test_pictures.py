@@ -365,10 +365,12 @@ def test_data_of_a_folder(capsys, tmp_path):
     (data / "000.txt").write_text(" ")
     (data / "001.txt").write_text("long " * 100)
     found = ask("data", data, "--tokenizer", "bpe:300", "--flip")
-    assert found["skipped"] == [
-        ["bad samples", "of 24"],
-        ("unusable caption", 1),
-        ("captions cut to 77 tokens", 1),
+    assert found["account"] == [
+        ["account", "samples"],
+        ("looked at, of 24 pairs", 24),
+        ("used", 23),
+        ("bad: unusable caption", 1),
+        ("used, caption cut to 77 tokens", 1),
     ]
     quantiles = {name: row for name, *row in found["quantiles"]}
     assert quantiles["words of a caption"][-1] == 100
@@ -381,7 +383,8 @@ def test_data_of_a_folder(capsys, tmp_path):
 def test_data_of_shards(capsys, tmp_path):
     data = make_shards(tmp_path / "d")
     found = ask("data", data, "--number", "1", "--tokenizer", "words:5", "--image-size", "8")
-    assert found["skipped"][0][1] == "of 60" and len(found["skipped"]) == 2
+    assert found["account"][1:3] == [("looked at, of 6 shards", 60), ("used", 60)]
+    assert len(found["account"]) == 4
     assert len(found["tokens"]) == 1 + 5
 
 

@@ -356,7 +356,7 @@ def broken_set(folder: Path) -> dict[str, int]:
         [("m6.txt", text)],
         [("m7.png", giant_png()), ("m7.txt", text)],
         [
-            ("m8.jpg", encoded(picture(2), "GIF", save_all=True, append_images=[picture(3)])),
+            ("m8.jpg", b"GIF89a is all"),
             ("m8.txt", text),
         ],
         [("../../evil.jpg", good)],
@@ -379,9 +379,9 @@ def broken_set(folder: Path) -> dict[str, int]:
         ]
         write_tar(folder / f"{s}.tar", members)
     with tarfile.open(folder / "1.tar", "a") as tar:
-        directory = tarfile.TarInfo("some/folder")
-        directory.type = tarfile.DIRTYPE
-        tar.addfile(directory)
+        link = tarfile.TarInfo("some/link.jpg")
+        link.type = tarfile.SYMTYPE
+        tar.addfile(link)
     cut = (folder / "0.tar").read_bytes()
     (folder / "0.tar").write_bytes(cut[: len(cut) - 30_000])
     return {
