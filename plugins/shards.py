@@ -82,7 +82,7 @@ class Shards(Source):
 
         A second member of one name starts another sample.
         """
-        last, parts = None, {}
+        last, parts, tar = None, {}, None
         left_out = self.left[url] = Counter()  # anew each time that the shard is read
         try:
             # With `ignore_zeros`, a tar that was appended to another one is read, too.
@@ -104,7 +104,7 @@ class Shards(Source):
                             parts = {}
                         parts[kind], last = tar.extractfile(member).read(), key
         except DAMAGE as error:
-            parts = {}  # the current sample is cut off
+            parts = parts if getattr(tar, "has_ended", False) else {}  # else it is cut off
             yield BadSample("damaged shard", f"{url}: {error}")
         if parts:
             yield from self.split(parts, last, url)
