@@ -708,6 +708,8 @@ def refuse_if_bad(good: int, skipped: Counter, enough: int = 0):
 @contextlib.contextmanager
 def one_sentence():
     """Report a mistake of the user in one sentence, with exit status 2 and without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # as standard error is: file names need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -166,10 +166,10 @@ def read_weights(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        if "Unsupported" in str(error):  # a class or a function
-            raise UserError(f"{path} holds more than tensors: save a state_dict() alone") from None
-        reason = type(error).__name__
-        raise UserError(f"checkpoint {path} is damaged and cannot be read: {reason}") from None
+        reason = f"is damaged and cannot be read: {type(error).__name__}"
+        if "Unsupported global" in str(error):  # a class or a function
+            reason = "cannot be read: it holds more than tensors; save a state_dict() alone"
+        raise UserError(f"checkpoint {path} {reason}") from None
 
 
 def publish(content: dict | bytes | str, path: Path):

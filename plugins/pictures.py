@@ -293,7 +293,8 @@ def sheet(title: str, about: str, rows: list, columns: int, out: Path):
     number = sum(math.ceil(len(cells) / columns) for _, cells in rows)
     height = TOP + number * (head + tile + under)
     page = Figure((PAGE / 100, height / 100), dpi=100)
-    page.text(MARGIN / PAGE, 1 - 10 / height, shorten(title, 75), size=13, va="top")
+    title = shorten(data.printable(title), 75)
+    page.text(MARGIN / PAGE, 1 - 10 / height, title, size=13, va="top")
     page.text(MARGIN / PAGE, 1 - 37 / height, shorten(about, 150), size=9, va="top", color=GREY)
     page.subplots_adjust(MARGIN / PAGE, 0, 1 - MARGIN / PAGE, 1 - (TOP + head) / height)
     spaces = {"wspace": GAP / tile, "hspace": head / (tile + under)}
