@@ -11,6 +11,7 @@ after checking their sums.
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from torchvision import datasets
 
-from data import BadSample, Files, Pairs, Raw, UserError
+from data import BadSample, Pairs, Raw, UserError
+from plugins.files import Files
 
 TEMPLATES = """a photo of a {}|one {}|the {} in the picture|my favourite {}|{}|is this a {} ?
 i found this {} yesterday|a small picture of a {}|a {} on a plain background|new {} for sale
@@ -144,6 +146,8 @@ def coco(arg: str, split: str, root: str, class_names: list | None) -> Files:
         ) from None
     captioned = {file for file, _ in rows}
     rows += [(file, None) for file in files.values() if file not in captioned]
-    source = Files([(*row, None, None) if row[0] else None for row in rows], None)
+    lost = BadSample("unreadable row", "an annotation without an image")
+    rows = [(*row, None, None) if row[0] else lost for row in rows]
+    source = Files(rows, None, Counter())
     source.has_splits = True
     return source
