@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2 as transforms
 from tqdm import tqdm
 
-from plugins import TABLE, UserError, find, names
+from plugins import TABLE, UnknownName, UserError, find, names
 
 # ------------------------------------------------------------------------------------------------
 # Captions become label sets (section 3).
@@ -288,7 +288,7 @@ def load_source(
         elif name not in known and kind(spec):
             name, arg = kind(spec), spec
         source = find("data", name)(arg, split, root, of_classes)
-    except (LookupError, FileNotFoundError):
+    except (UnknownName, FileNotFoundError):
         what = f"the type of {spec} is not read" if os.path.exists(spec) else f"no source '{spec}'"
         use = f"{names('data')}, or a folder, table or shards that exist ({', '.join(endings)})"
         raise UserError(f"{what}: use {use}") from None

@@ -91,7 +91,7 @@ class UserError(Exception):
     """A mistake of the user, reported in one sentence: what is wrong, where, and what to do."""
 
 
-class UnknownName(UserError, LookupError):
+class UnknownName(UserError):
     """There is no such name and no such file."""
 
 

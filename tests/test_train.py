@@ -774,7 +774,8 @@ def test_a_run_does_not_go_on_as_another(capsys, finished):
     changes = {"--model": "S/16", "--tokenizer": "bpe:400", "--data": "shapes", "--lr": "0.5"}
     for flag, value in changes.items():
         error = refused(capsys, "--out", run, "--resume", flag, value)
-        assert f"was started with {flag} " in error and error.endswith(f"go on with {value}")
+        assert f"was started with {flag} " in error
+        assert f"go on with {value}: start another one from it with --init {run}" in error
 
 
 def test_data_that_changed_is_not_resumed(capsys, finished, tmp_path):
