@@ -1,0 +1,99 @@
+"""Time to target: how soon does zero-shot reach 0.300 on icons of unseen families?
+
+    python experiments/ladder.py adamw-256-4e-3 muon-128-4e-3 --images 102400 --seeds 1
+    python experiments/ladder.py                                   the table of what is there
+
+Needs data/plain, which `icons.py --plain` builds. A rung is a set of flags; all have encoder, data
+and vocabulary of compare.py, and warm up for a tenth of their steps. Its score on labelled icons of
+training sets that were kept out of training ("held out") decides between rungs; with --test the
+scores on the test are measured, too. Each run adds a line to ladder.jsonl, which comes with the
+repository; what has a line is not trained again. Minutes depend on what else the machine does:
+compare them within a day only. The command can be stopped and repeated.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from statistics import median
+
+from common import append_jsonl, cell, finished, print_table, read_jsonl, train_all
+from compare import FLAGS, PLACE, measure
+
+KEPT = Path("experiments/ladder.jsonl")
+SCORES = ("held_out", "zero_shot", "probe", "images_per_s", "minutes")
+RUNG = r"(?:(clip)-)?(adamw|muon)-(\d+)-([\d.]+e-\d)((?:-\w+)*)"
+MORE = {"crop1": "--min-scale 1", "XXS": "--model XXS/8", "V4096": "--tokenizer bpe:4096"}
+
+
+def flags_of(rung: str) -> str:
+    """The flags of a rung such as muon-64-4e-3-crop1: optimizer, batch, rate, and some of MORE."""
+    match = re.fullmatch(RUNG, rung)
+    more = match[5].split("-")[1:] if match else [""]
+    if not MORE.keys() >= set(more):
+        known = f"[clip-]OPTIMIZER-BATCH-RATE and any of -{', -'.join(MORE)}"
+        sys.exit(f"error: {rung} is no rung: {known}")
+    flags = f"--objective {match[1] or 'superclass'} --optimizer {match[2]}"
+    return " ".join([flags, f"--batch-size {match[3]} --lr {match[4]}", *map(MORE.get, more)])
+
+
+def run_of(rung: str, images: int, seed: int) -> tuple[Path, list[str]]:
+    """The folder and the command line of a run."""
+    flags = flags_of(rung).split()
+    warmup = images // int(flags[flags.index("--batch-size") + 1]) // 10
+    flags += ["--samples", str(images), "--warmup", str(warmup), "--seed", str(seed)]
+    return PLACE / f"ladder-{rung}-{images}-{seed}", [*FLAGS, *flags]
+
+
+def score(rung: str, images: int, seed: int, test: bool) -> dict:
+    """The line of a finished run."""
+    folder, _ = run_of(rung, images, seed)
+    costs, held_out = finished(folder)[1], measure(folder, held_out_only=True)["held out"]
+    line = {"name": rung, "flags": flags_of(rung), "images": images, "seed": seed}
+    line |= {"minutes": round(costs["minutes"], 2), "images_per_s": round(costs["images/s"])}
+    line |= {"held_out": round(held_out, 4)}
+    if test:
+        found = measure(folder)
+        line |= {"zero_shot": round(found["zero-shot"], 4), "probe": round(found["probe"], 4)}
+    return line
+
+
+def show(lines: list[dict]):
+    """A row for each rung and length, with the mean and the deviation over its seeds."""
+    groups = {}
+    for line in lines:
+        groups.setdefault((line["name"], line["images"]), {})[line["seed"]] = line
+    rows = []
+    for (name, images), seeds in sorted(groups.items(), key=lambda item: item[0][::-1]):
+        row = [name, f"{images:,}", str(len(seeds))]
+        for key in SCORES:
+            values = [line[key] for line in seeds.values() if key in line]
+            digits = {"images_per_s": 0, "minutes": 1}.get(key)
+            if digits is not None:  # a cost, of which a busy machine disturbs the mean
+                row.append(f"{median(values):.{digits}f}")
+            else:
+                row.append(cell(values) if values else "")
+        rows.append(row)
+    print_table(["rung", "images", "seeds", *SCORES], rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time to target on icons.")
+    parser.add_argument("rungs", nargs="*", metavar="RUNG", help="such as muon-64-4e-3-crop1")
+    parser.add_argument("--images", type=int, default=102_400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--test", action="store_true", help="measure the scores on the test, too")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
+    args = parser.parse_args()
+    for seed in args.seeds:
+        for rung in args.rungs:
+            key = {"name": rung, "images": args.images, "seed": seed}
+            known = [line for line in read_jsonl(KEPT) if key.items() <= line.items()]
+            if not any("zero_shot" in line for line in known) and (args.test or not known):
+                train_all(dict([run_of(rung, args.images, seed)]), args.jobs)
+                append_jsonl(KEPT, [score(rung, args.images, seed, args.test)])
+    show(read_jsonl(KEPT))
+
+
+if __name__ == "__main__":
+    main()
