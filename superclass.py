@@ -6,8 +6,7 @@ classifier over the tokenizer's vocabulary (`SuperClass`), inverse document freq
 the tokens (`IDF`), and the loss (`superclass_loss`). There is no text encoder, no contrast between
 the images of a batch, and no hand-made vocabulary. `Objective` is what a training loop uses.
 
-Letters in shapes:  B images, S image size, P patch size, N patches, D width, H heads,
-K tokens of a caption, V vocabulary.
+Letters: B images, S image size, P patch size, N patches, D width, H heads, K tokens, V vocabulary.
 """
 
 import re
@@ -118,10 +117,8 @@ class ViT(nn.Module):
 
     Maps normalised images [B, 3, S, S] to patch tokens [B, N, D], N = (S / P)^2, after a last norm.
 
-    Args:
-        image_size, patch_size: S and P, in pixels.
-        width, depth, heads: D, the number of blocks, and H.
-    Raises ValueError if P does not divide S, H does not divide D, or an image is not S x S.
+    image_size and patch_size are in pixels, depth is the number of blocks. Raises ValueError if P
+    does not divide S, H does not divide D, or an image is not S x S.
     """
 
     def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int):
