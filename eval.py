@@ -24,7 +24,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+if "OMP_WAIT_POLICY" not in os.environ:  # as in train.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import torch
 from torch import Tensor, nn

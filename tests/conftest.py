@@ -7,7 +7,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, before torch is imported
+if "OMP_WAIT_POLICY" not in os.environ:  # as in train.py, before torch is imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import numpy as np
 import pytest
