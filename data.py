@@ -615,12 +615,15 @@ def batches(
     pieces = iter(DataLoader(dataset, None, num_workers=workers, **options))
 
     def received() -> Iterator[Piece]:
-        for piece in pieces:
-            if isinstance(piece, UserError):
-                raise piece
-            if workers and micro_batches > 1:  # shared memory is an open file, of which few may be
-                piece.images = piece.images.clone()
-            yield piece
+        try:
+            for piece in pieces:
+                if isinstance(piece, UserError):
+                    raise piece
+                if workers and micro_batches > 1:  # shared memory is an open file: few may be open
+                    piece.images = piece.images.clone()
+                yield piece
+        except (ConnectionError, EOFError) as error:  # it died while it handed its images over
+            raise RuntimeError(f"DataLoader worker (pid unknown): {error!r}") from None
 
     stream = received()
     while some := list(itertools.islice(stream, max(1, micro_batches * max(1, workers)))):
@@ -714,10 +717,9 @@ def one_sentence():
         yield
     except UserError as error:
         message = str(error)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # torch raises the first when a loader dies, wherever the main process is at that time.
-        # A connection breaks if the loader dies while it hands its images over.
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+    except RuntimeError as error:
+        # torch raises this when a loader dies, wherever the main process is at that time.
+        if "DataLoader worker (pid" not in str(error):
             raise
         forget_loaders()
         died = f"a DataLoader worker died ({str(error).partition(chr(10))[0]})"
