@@ -407,7 +407,7 @@ def show_search(argv: list[str]) -> list:
 
 
 # ------------------------------------------------------------------------------------------------
-# Curves. A point is (panel, line, images seen, value, deviation).
+# Curves. A point is (panel, line, images seen, value).
 
 
 def show_curves(argv: list[str]) -> dict[str, dict]:
@@ -428,11 +428,11 @@ def show_curves(argv: list[str]) -> dict[str, dict]:
     for n, (title, lines) in enumerate(panels.items(), 1):
         axes = page.add_subplot(rows, columns, n, title=title, sharex=axes)
         for line, points in lines.items():
-            x, y, deviation = zip(*sorted(points), strict=True)
+            x, y = zip(*sorted(points), strict=True)
             dash, colour = divmod(numbers[line], len(COLOURS))
             look = {"color": COLOURS[colour], "linestyle": ("-", "--", ":")[dash % 3], "ms": 4}
             marker = "o" if len(x) < 10 else ""
-            legend[line] = axes.errorbar(x, y, deviation, marker=marker, **look)
+            (legend[line],) = axes.plot(x, y, marker=marker, **look)
             print(f"{line}: {title} {y[-1]:.4g} after {x[-1]:,} images")
         if 0.1 < axes.dataLim.y1 <= 1:  # scores, not learning rates
             axes.set_ylim(0, 1.05)
@@ -450,12 +450,12 @@ def curve_points(folders: list[Path]) -> Iterator[tuple]:
         batch_size = evaluation.read_config(folder).batch_size
         for line in evaluation.read_jsonl(folder / "metrics.jsonl"):
             for key, title in titles.items():
-                yield title, str(folder), line["samples"], line[key], 0
+                yield title, str(folder), line["samples"], line[key]
         for row in evaluation.own_rows(folder):
             name = f"{evaluation.task_name(row)} {row.get('attribute', '')}".strip()
             scores = {f"{name} {key}": row[key] for key in row if isinstance(row[key], float)}
             for title, value in ({name: row["top1"]} if "top1" in row else scores).items():
-                yield title, str(folder), row["step"] * batch_size, value, 0
+                yield title, str(folder), row["step"] * batch_size, value
 
 
 def show_data(argv: list[str] | None = None) -> dict[str, list]:

@@ -352,9 +352,9 @@ def test_curves_of_runs(run, tmp_path, capsys):
     (tmp_path / "b" / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     panels = ask("curves", run, tmp_path / "b")
     assert [*panels["loss"]] == [str(run), str(tmp_path / "b")]
-    assert panels["loss"][str(run)] == [(8, 3, 0), (16, 1.5, 0)]
-    assert panels["zeroshot class"] == {str(run): [(16, 0.5, 0)]}
-    assert panels["caption cider"] == {str(tmp_path / "b"): [(16, 4.5, 0)]}
+    assert panels["loss"][str(run)] == [(8, 3), (16, 1.5)]
+    assert panels["zeroshot class"] == {str(run): [(16, 0.5)]}
+    assert panels["caption cider"] == {str(tmp_path / "b"): [(16, 4.5)]}
     assert "zeroshot class 0.5 after 16 images" in capsys.readouterr().out
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width == 900
