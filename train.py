@@ -35,8 +35,8 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from data import Batch, UserError, load_tokenizer, normalize, number, read_tokenizer, save_tokenizer
-from plugins import find, names
-from superclass import IDF, Objective, ViT
+from plugins import UnknownName, find, names
+from superclass import IDF, Objective
 
 CLIP_GRAD = 1.0  # the largest norm of the gradient
 PROBE_IMAGES = 10_000  # training images for the probe before and after training; eval.py takes all
@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--loss", default="softmax", help=f"SuperClass's loss: {names('loss')}")
     add("--no-idf", action="store_true", help="weight all tokens of a caption equally")
     add("--model", default="XS/8", help=f"{names('model')}; B/16 is the paper's")
-    add("--init", help="start from a run's encoder (and head), or from a file with timm's names")
+    add("--init", help="a run to start from, a file with timm's names, or a name of yours")
     add("--samples", type=count, default=76_800, help="images seen in the whole run")
     add("--batch-size", type=count, default=128, help="global: over processes and micro-batches")
     add("--micro-batch", type=count, help="images in one forward pass; default: a process's share")
@@ -314,50 +314,12 @@ def load(state: dict, objective: Objective, config: argparse.Namespace, say):
 
 def load_pretrained(model: nn.Module, objective: Objective, config: argparse.Namespace, say):
     if config.init:
-        init_encoder(model.encoder, Path(config.init), say)
-        init_head(model, objective, config, say)
+        try:
+            load_init, arg = find("init", config.init), config.init.partition(":")[2]
+        except UnknownName:
+            load_init, arg = find("init", "*"), config.init
+        load_init(model, objective, config, arg, say)
     objective.load_pretrained(model, config)
-
-
-def init_encoder(encoder: nn.Module, path: Path, say=print):
-    """Load the encoder of a run's folder, or a state dict with timm's names, into `encoder`.
-
-    Positions for another image size are interpolated. Raises UserError if anything else differs.
-    """
-    state = evaluation.read_weights(path / "encoder.pt" if path.is_dir() else path)
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"--init {path} is not an encoder: it must hold nothing but named tensors")
-    # What DistributedDataParallel and torch.compile put before the names of what they wrap.
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
-    if broken := [key for key, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"--init {path} is damaged: {broken[0]} holds NaN or infinite numbers")
-    if isinstance(encoder, ViT) and "pos_embed" in state:
-        new = encoder.image_size // encoder.patch_size
-        old = math.isqrt(state["pos_embed"].numel() // encoder.width)
-        if old != new and state["pos_embed"].shape == (1, old * old, encoder.width):
-            # [1, N, D] -> [1, D, n, n], an image with D channels, to the new size and back.
-            grid = state["pos_embed"].float().transpose(1, 2).unflatten(2, (old, old))
-            options = {"mode": "bicubic", "antialias": True, "align_corners": False}
-            grid = nn.functional.interpolate(grid, (new, new), **options)
-            state["pos_embed"] = grid.flatten(2).transpose(1, 2)
-            say(f"init    positions of {path} interpolated from {old} x {old} to {new} x {new}")
-    try:
-        encoder.load_state_dict(state)
-    except RuntimeError as error:  # it lists the keys
-        reason = " ".join(str(error).split())
-        raise UserError(f"--init {path} does not fit: {reason:.1000}") from None
-
-
-def init_head(model: nn.Module, objective: Objective, config: argparse.Namespace, say=print):
-    """Go on with the head of the run in --init, too, if both runs classify into the same tokens."""
-    theirs, ours = Path(config.init) / "tokenizer.tiktoken", config.out / "tokenizer.tiktoken"
-    if not (theirs.exists() and ours.exists()) or theirs.read_bytes() != ours.read_bytes():
-        return
-    first = evaluation.load_run(config.init)
-    if first.objective.has_words and objective.has_words:
-        model.norm.load_state_dict(first.model.norm.state_dict())
-        model.head.load_state_dict(first.model.head.state_dict())
-        say(f"init    the head of {config.init} too: the tokens are the same")
 
 
 def save(state: dict, config: argparse.Namespace, rank: int, world: int):

@@ -14,6 +14,7 @@ DEFINES = {
     "data": "open_source",
     "tokenizer": "open_tokenizer",
     "model": "build_encoder",
+    "init": "load_init",
     "loss": "loss",
     "optimizer": "make_optimizer",
     "objective": "Objective",
@@ -24,7 +25,7 @@ TORCHSETS = "cifar10 cifar100 imagenet pets cars food101 flowers102 dtd stl10 eu
 TORCHSETS += " caltech101 coco"  # torchvision's sets, for training and evaluation
 
 # flag -> name -> where it is; .tar is a file with this ending, *.tar a folder that holds some, and
-# * any other folder
+# * any other folder, or file
 TABLE = {
     "data": {
         "shapes": "plugins.shapes.open_source",
@@ -51,6 +52,9 @@ TABLE = {
         "SIZE/PATCH": "superclass.build_encoder",
         "resnet50": "plugins.convnets.resnet50",
         "convnext_tiny": "plugins.convnets.convnext_tiny",
+    },
+    "init": {
+        "*": "plugins.start.load_init",
     },
     "loss": {
         "softmax": "superclass.superclass_loss",

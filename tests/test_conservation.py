@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 
 import data
-import train
 from data import (
     Augment,
     BadSample,
@@ -41,6 +40,7 @@ from data import (
     to_rgb,
 )
 from plugins.shards import Shards, expand_shards
+from plugins.start import init_encoder
 from plugins.tokenizers import open_words
 from superclass import ViT
 from tests.conftest import encoded, picture, write_tar
@@ -643,7 +643,7 @@ def test_the_account_is_printed(tmp_path, capsys, monkeypatch):
 def test_prefixes_of_wrapped_models_are_taken_off(tmp_path, prefix):
     encoder, other = ViT(16, 8, 32, 1, 1), ViT(16, 8, 32, 1, 1)
     torch.save({prefix + k: v for k, v in encoder.state_dict().items()}, tmp_path / "e.pt")
-    train.init_encoder(other, tmp_path / "e.pt")
+    init_encoder(other, tmp_path / "e.pt")
     assert all(
         torch.equal(a, b) for a, b in zip(encoder.parameters(), other.parameters(), strict=True)
     )
@@ -653,12 +653,12 @@ def test_unusable_weights_are_told_apart(tmp_path):
     encoder, path = ViT(16, 8, 32, 1, 1), tmp_path / "e.pt"
     torch.save(encoder, path)
     with pytest.raises(UserError, match=r"more than tensors; save a state_dict\(\)"):
-        train.init_encoder(encoder, path)
+        init_encoder(encoder, path)
     state = encoder.state_dict()
     state["norm.weight"][3] = torch.nan
     torch.save(state, path)
     with pytest.raises(UserError, match=r"norm\.weight holds NaN"):
-        train.init_encoder(ViT(16, 8, 32, 1, 1), path)
+        init_encoder(ViT(16, 8, 32, 1, 1), path)
 
 
 # ------------------------------------------------------------------------------------------------

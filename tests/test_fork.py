@@ -18,7 +18,7 @@ BLOCKS = re.findall(
 )
 FILES = {name: text for text, name in BLOCKS}
 FLAG = {"stripes": "data", "characters": "tokenizer", "mobilenet": "model", "focal": "loss"}
-FLAG |= {"lion": "optimizer", "sharp": "objective", "norms": "task"}
+FLAG |= {"lion": "optimizer", "sharp": "objective", "norms": "task", "orthogonal": "init"}
 
 
 @pytest.fixture

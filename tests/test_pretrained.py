@@ -9,6 +9,7 @@ import torch
 import eval as evaluation
 import train
 from eval import load_run, read_config
+from plugins.start import init_encoder
 from plugins.tables import finished
 from superclass import build_encoder
 from tests.conftest import ROOT, make_shards, train_flags
@@ -29,7 +30,7 @@ def test_the_kept_run_names_drawings(tmp_path, capsys):
 def test_the_kept_run_is_small_and_starts_others():
     assert sum(file.stat().st_size for file in KEPT.iterdir()) <= 4_000_000
     config = read_config(KEPT)
-    train.init_encoder(build_encoder(config.model, config.image_size), KEPT)
+    init_encoder(build_encoder(config.model, config.image_size), KEPT)
 
 
 def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys, monkeypatch):

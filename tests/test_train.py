@@ -23,10 +23,10 @@ from plugins import TABLE, convnets
 from plugins.caption import load_gpt2
 from plugins.contrastive import contrastive_loss
 from plugins.sigmoid_losses import asl
+from plugins.start import init_encoder
 from superclass import SuperClass, build_encoder, superclass_loss
 from tests.conftest import COLOURS, TINY, caption, encoded, load, make_pairs, picture, train_flags
 from tests.die import at_call, launch, start
-from train import init_encoder
 
 LOSSES = [name for name in TABLE["loss"] if name != "softmax"]
 
