@@ -23,6 +23,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import unicodedata
@@ -203,6 +204,7 @@ class Source:
     most_lanes = 0  # more lanes than this share some of the data; 0: no lanes, one order for all
     has_splits = False  # whether "val" is other data than "train"
     left_out: Counter = Counter()  # rule -> number; this one stays empty
+    rows: list = []  # names or addresses in their order, which a resumed run must find again
 
     def captions(self, limit: int) -> Iterator[str]:
         """The questions and captions of the first `limit` samples, to learn a tokenizer."""
@@ -669,8 +671,8 @@ def pad(rows: list[list[int]], left: bool = False) -> Tensor:
 
 def init_worker(worker: int):
     """Leave signals to the main process, which finishes its step and saves; and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere torch's own watch ends a loader that is not sending
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -707,6 +709,9 @@ def refuse_if_bad(good: int, skipped: Counter, enough: int = 0):
 # ------------------------------------------------------------------------------------------------
 # What the three commands share.
 
+NO_MEMORY = MemoryError, torch.OutOfMemoryError
+NO_MEMORY_SAID = "out of memory|can't allocate memory|not enough memory"  # MPS; CPU; Windows' CPU
+
 
 @contextlib.contextmanager
 def one_sentence():
@@ -717,13 +722,17 @@ def one_sentence():
         yield
     except UserError as error:
         message = str(error)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
         # torch raises this when a loader dies, wherever the main process is at that time.
-        if "DataLoader worker (pid" not in str(error):
+        if "DataLoader worker (pid" in reason:
+            forget_loaders()
+            message = f"a DataLoader worker died ({reason}): if memory ran out, use fewer --workers"
+        elif isinstance(error, NO_MEMORY) or re.search(NO_MEMORY_SAID, reason):
+            advice = "train with a smaller --micro-batch or with --grad-checkpointing"
+            message = f"memory ran out ({reason:.200}): {advice}"
+        else:
             raise
-        forget_loaders()
-        died = f"a DataLoader worker died ({str(error).partition(chr(10))[0]})"
-        message = f"{died}: if memory ran out, use fewer --workers"
     else:
         return
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line below the progress bar

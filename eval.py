@@ -49,7 +49,7 @@ from superclass import IDF, Objective
 
 # What may change when a run is resumed; all other flags belong to the run.
 MAY_CHANGE = {"micro_batch", "compile", "grad_checkpointing", "workers", "device"}
-MAY_CHANGE |= {"save_every", "log_every", "out", "resume", "no_first_eval"}
+MAY_CHANGE |= {"save_every", "log_every", "eval_every", "out", "resume", "no_first_eval"}
 
 
 class Run(NamedTuple):
@@ -149,6 +149,14 @@ def fingerprint(config: argparse.Namespace) -> str:
     flags = {key: value for key, value in vars(config).items() if key not in MAY_CHANGE}
     vocabulary = (config.out / "tokenizer.tiktoken").read_bytes()
     return hashlib.sha256(json.dumps(flags, sort_keys=True).encode() + vocabulary).hexdigest()
+
+
+def identity(source) -> str:
+    """What a run trains on: the size of a source, and a hash of its names in their order."""
+    digest = hashlib.sha256()
+    for row in source.rows:
+        digest.update(ascii(row).encode())
+    return f"{source}, names {digest.hexdigest()[:12]}" if source.rows else str(source)
 
 
 def read_checkpoint(config: argparse.Namespace) -> dict:
@@ -470,8 +478,8 @@ def task_name(row: dict) -> str:
 # The command.
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def make_parser() -> plugins.Parser:
+    parser = plugins.Parser()
     add = parser.add_argument
     add("task", help=f"zeroshot, or from the shelf: {plugins.names('task')}")
     add("run", type=Path, help="the run's folder")

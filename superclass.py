@@ -300,7 +300,8 @@ class Objective:
     classify(run, features, texts), optional: scores of classes, if not those of the words.
     """
 
-    reads, tasks, prompts = (), ("zeroshot", "probe", "fewshot"), ("{}",)
+    reads, prompts = (), ("{}",)
+    tasks = ("retrieval", "zeroshot", "probe", "fewshot")
     whole_batch, weighted, captions, has_words = False, True, True, True
     token_loss = staticmethod(superclass_loss)  # or what --loss names
 

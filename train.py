@@ -35,15 +35,15 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from data import Batch, UserError, load_tokenizer, normalize, number, read_tokenizer, save_tokenizer
-from plugins import UnknownName, find, names
+from plugins import Parser, UnknownName, absolute, find, names
 from superclass import IDF, Objective
 
 CLIP_GRAD = 1.0  # the largest norm of the gradient
-PROBE_IMAGES = 10_000  # training images for the probe before and after training; eval.py takes all
+SAVE_SECONDS = 600  # between checkpoints, at most
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser()
     add, count = parser.add_argument, number(int, 1)
     add("--data", default="shapes", help=f"{names('data')}, a folder, a table or .tar shards")
     add("--val-data", help="source to evaluate on; some sources have a split of their own")
@@ -70,7 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="the run's folder; default: runs/DATA")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--no-first-eval", action="store_true", help="evaluate at the end only")
-    add("--save-every", type=count, default=500, help="steps between checkpoints")
+    add("--save-every", type=count, default=500, help="steps between checkpoints, or 10 minutes")
+    add("--eval-every", type=count, help="steps between scores, beside those at both ends")
     add("--log-every", type=count, default=20, help="steps between lines of metrics.jsonl")
     return parser
 
@@ -80,8 +81,9 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     say = print if rank == 0 else lambda *_: None
     tokenizer = read_tokenizer(config.out / "tokenizer.tiktoken", vars(config))
     train_source, val_source = evaluation.open_sources(config)
-    if str(train_source) != config.source:
-        raise UserError(f"{config.data} has changed: it was {config.source}, now {train_source}")
+    found = evaluation.identity(train_source)
+    if config.source not in (found, str(train_source)):  # an older run has no hash of names
+        raise UserError(f"{config.data} has changed: it was {config.source}, now {found}")
     objective, B = evaluation.open_objective(config), config.batch_size
     micro_batch, accumulation = split_batch(config, objective, world)
     steps = math.ceil(config.samples / B)
@@ -99,7 +101,7 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     state["progress"] = progress
     load(state, objective, config, say)
     start = progress.step
-    if progress.total(start) != start * world:  # each process read the checkpoint by itself
+    if progress.total(start) != [start * world]:  # each process read the checkpoint by itself
         raise UserError(f"processes see different checkpoints: {config.out} must be shared storage")
 
     forward = torch.compile(model) if config.compile else model
@@ -121,14 +123,19 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     )
     run = evaluation.Run(config.out, config, objective, tokenizer, model, idf, start)
     if start == 0:
+        # A batch that does not fit memory is refused before the folder holds a run.
+        find("task", "plan", "try_batch")(forward, model, objective, config, micro_batch, device)
         save(state, config, rank, world)
-        if not config.no_first_eval:
-            evaluate(run, train_source, val_source, rank)
+    if progress.scores_are_due():
+        evaluate(run, train_source, val_source, progress)
 
     model.train()
+    saved = time.monotonic()
     bar = tqdm(total=steps * B, initial=start * B, unit="img", unit_scale=True, disable=rank > 0)
-    caught = catch_signals()
-    with bar:  # closed whatever happens, so that messages have a line of their own
+    with (
+        bar,
+        caught_signals() as caught,
+    ):  # closed whatever happens, so that messages have a line of their own
         for step in range(start, steps):
             lr = learning_rate(step, steps, config.warmup, config.lr)
             for group in optimizer.param_groups:
@@ -159,25 +166,29 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
             progress.add(loss, batch)
             bar.update(B)
             # A signal may reach one process only, but all must stop after the same step.
-            ending = progress.total(len(caught)) > 0 or progress.step == steps
+            # And clocks differ: the first process to be due lets all save.
+            stop, overdue = progress.total(len(caught), time.monotonic() - saved > SAVE_SECONDS)
+            ending = stop > 0 or progress.step == steps
+            score_due = progress.scores_are_due() and not ending
             log_due = progress.step % config.log_every == 0 or progress.step == steps
-            save_due = progress.step % config.save_every == 0 or ending
+            save_due = progress.step % config.save_every == 0 or overdue or score_due or ending
             if log_due or save_due:
                 progress.settle(norm, steps)
             if log_due:
                 bar.set_postfix_str(progress.log(lr, norm))
             if save_due:
                 save(state, config, rank, world)
+                saved = time.monotonic()
+            if score_due:
+                evaluate(run, train_source, val_source, progress)
             if ending:
                 break
 
-    for signal_ in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_, signal.SIG_DFL)
     if progress.step < steps:
         again = f"python train.py --out {config.out} --resume"
         say(f"stopped after step {progress.step} of {steps}; continue with: {again}")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
-    evaluate(run._replace(step=steps), train_source, val_source, rank)
+    evaluate(run, train_source, val_source, progress)
     if progress.skipped:
         say(f"skipped beside {steps * B:,} good samples: {data.describe(progress.skipped)}")
     say(f"the run is in {config.out}")
@@ -205,16 +216,6 @@ def make_optimizer(model: nn.Module, config: argparse.Namespace, say) -> torch.o
     return optimizer
 
 
-def adamw(named: dict[str, Tensor], lr: float, betas: tuple, decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but not biases, norms, positions and ConvNeXt's layer scales."""
-    plain = ("pos_embed", "layer_scale")  # no matrices, although they have more than one axis
-    matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith(plain)]
-    others = [p for name, p in named.items() if p.ndim < 2 or name.endswith(plain)]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    fused = others[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr, betas=betas, eps=1e-6, fused=fused)
-
-
 class Progress:
     """A run's book-keeping: what it must remember besides its weights, and metrics.jsonl.
 
@@ -226,6 +227,7 @@ class Progress:
         self.step, self.losses, self.skipped, self.lanes = 0, [], Counter(), {}
         self.new_losses, self.new_bad, self.new_lanes = [], [], {}
         self.logged, self.since, self.waited = 0, None, 0.0  # since the last line of metrics.jsonl
+        self.steps, self.val_loss = math.ceil(config.samples / config.batch_size), None
 
     def state_dict(self) -> dict:
         state = {"step": self.step, "losses": self.losses, "skipped": dict(self.skipped)}
@@ -290,14 +292,23 @@ class Progress:
         if self.rank == 0:
             evaluation.append_jsonl(self.config.out / "metrics.jsonl", [line])
         text = f"loss {loss:.3f}, lr {lr:.1e}, data {self.waited / seconds:.0%}"
+        text += "" if self.val_loss is None else f", val {self.val_loss:.3f}"
         self.losses, self.logged, self.since, self.waited = [], self.step, now, 0.0
         return text
 
-    def total(self, number: int) -> int:
-        """The sum of a number over all processes."""
+    def scores_are_due(self) -> bool:
+        """Whether to evaluate at this step, if it is not the last one."""
+        every = self.config.eval_every
+        return (
+            bool(every and self.step % every == 0) if self.step else not self.config.no_first_eval
+        )
+
+    def total(self, *numbers: int) -> list[int]:
+        """The sum of each number over all processes."""
         if self.world > 1:
-            dist.all_reduce(number := torch.tensor(number))
-        return int(number)
+            dist.all_reduce(sums := torch.tensor(numbers, dtype=torch.int64))
+            return sums.tolist()
+        return list(map(int, numbers))
 
 
 def load(state: dict, objective: Objective, config: argparse.Namespace, say):
@@ -333,34 +344,42 @@ def save(state: dict, config: argparse.Namespace, rank: int, world: int):
         dist.barrier()  # no process may exit while rank 0 is still writing
 
 
-def evaluate(run: evaluation.Run, train_source, val_source, rank: int):
+def evaluate(run: evaluation.Run, train_source, val_source, progress: Progress):
     """Score a run on rank 0, unless eval.jsonl already has the scores of this step."""
+    began, run = time.perf_counter(), run._replace(step=progress.step)
     scored = any(row["step"] == run.step for row in evaluation.own_rows(run.folder))
-    if rank or scored or not val_source:
+    if progress.rank or scored or not val_source:
         return
-    tasks = list(run.objective.tasks)
-    if train_source.attributes != val_source.attributes:
-        tasks = [task for task in tasks if not evaluation.fitted(task)]
-    limit = PROBE_IMAGES if any(map(evaluation.fitted, tasks)) else None
-    options = {"limit": limit, "workers": run.config.workers}
-    try:
-        rows = evaluation.measure(tasks, run, train_source, val_source, **options)
-        print(f"after {run.step:,} steps\n{evaluation.report(rows, run)}")
-    except UserError as error:  # not a reason to lose the run
-        print(f"no evaluation after {run.step:,} steps: {error}", file=sys.stderr)
+    own_scores = find("task", "loss", "own_scores")
+    found = own_scores(run, train_source, val_source, run.step in (0, progress.steps))
+    if losses := [row["val_loss"] for rows in found for row in rows if "val_loss" in row]:
+        line = {"step": run.step, "samples": run.step * run.config.batch_size}
+        evaluation.append_jsonl(run.folder / "metrics.jsonl", [line | {"val_loss": losses[0]}])
+        progress.val_loss = losses[0]
+    if found:
+        tables = [f"after {run.step:,} steps", *(evaluation.report(rows, run) for rows in found)]
+        tqdm.write("\n".join(tables), file=sys.stdout)
+    run.model.train()
+    if progress.since:  # the time is not training's
+        progress.since += time.perf_counter() - began
 
 
-def catch_signals() -> list[int]:
-    """The list in which the first SIGINT or SIGTERM will leave its number; a second one kills."""
-    caught = []
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """The list in which the first signal to stop will leave its number; a second one kills."""
+    caught, stops = [], [signal.SIGINT, signal.SIGTERM]
+    # A closed terminal sends this one, which Windows lacks and nohup switches off.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
 
     def catch(signal_, _):
         caught.append(signal_)
         signal.signal(signal_, signal.SIG_DFL)
 
-    for signal_ in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_, catch)
-    return caught
+    before = {signal_: signal.signal(signal_, catch) for signal_ in stops}
+    yield caught
+    for signal_, handler in before.items():
+        signal.signal(signal_, handler)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -421,9 +440,28 @@ def split_batch(config: argparse.Namespace, objective: Objective, world: int) ->
     return micro_batch, B // (micro_batch * world)
 
 
+def lock(folder: Path):
+    """Keep other processes from training in a folder until this one ends, however it ends.
+
+    Shared storage knows such a lock, too. Where there is none, as on Windows, users must take care.
+    """
+    try:
+        import fcntl
+
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders would inherit that
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process trains in {folder}, or nobody may write there") from None
+    except (ImportError, OSError) as error:
+        print(f"{folder} is not locked ({error}): let one process train there", file=sys.stderr)
+
+
 def start_run(config: argparse.Namespace, world: int, device: torch.device):
-    """Make the run's folder with its tokenizer and config.json; UserError if a flag is wrong."""
-    if any((config.out / name).exists() for name in ("config.json", "checkpoint.pt")):
+    """Make the run's folder with its tokenizer and config.json, and lock it.
+
+    Raises UserError if a flag is wrong or the folder already has a checkpoint.
+    """
+    if any((config.out / name).exists() for name in ("checkpoint.pt", "metrics.jsonl")):
         raise UserError(f"{config.out} already holds a run: add --resume or choose another --out")
     source, _ = evaluation.open_sources(config)
     objective = evaluation.open_objective(config)
@@ -447,7 +485,7 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
     tokenizer = load_tokenizer(config.tokenizer, source.captions(50_000))
     if getattr(tokenizer, "unknown", 0):
         print(f"words   {tokenizer.unknown:.1%} of the captions' words are not among the labels")
-    config.classes, config.source = source.attributes, str(source)
+    config.classes, config.source = source.attributes, evaluation.identity(source)
     config.vocab_size, config.mean, config.std = tokenizer.n_vocab, data.MEAN, data.STD
     config.dtype = evaluation.pick_precision(config.precision, device)
     content, settings = save_tokenizer(tokenizer)
@@ -462,6 +500,7 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from None
+    lock(config.out)
     evaluation.publish(content, config.out / "tokenizer.tiktoken")
     stored = {key: value for key, value in vars(config).items() if key not in ("out", "resume")}
     evaluation.publish(json.dumps(stored, indent=2) + "\n", config.out / "config.json")
@@ -470,24 +509,26 @@ def start_run(config: argparse.Namespace, world: int, device: torch.device):
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
     """The flags, and whether a run is resumed: then they are its own, with the given changes."""
     parser = make_parser()
-    config = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(config)))
-    given = {k: v for k, v in vars(parser.parse_args(argv, blank)).items() if v is not None}
-    name = re.sub(r"\W+", "-", Path(config.data).stem).strip("-") or "run"
-    config.out = config.out or Path("runs") / name
+    flags = {key: absolute(key, value) for key, value in vars(parser.parse_args(argv)).items()}
+    blank = argparse.Namespace(**dict.fromkeys(flags))
+    given = {k for k, v in vars(parser.parse_args(argv, blank)).items() if v is not None}
+    name = re.sub(r"\W+", "-", Path(flags["data"]).stem).strip("-") or "run"
+    config = argparse.Namespace(**flags | {"out": flags["out"] or Path("runs") / name})
     if config.resume and (config.out / "config.json").exists():
-        resumed = evaluation.read_config(config.out)
-        for key, value in given.items():
-            own = vars(resumed).get(key)
-            if key not in evaluation.MAY_CHANGE and value != own:
-                started = f"{config.out} was started with --{key.replace('_', '-')} {own}"
+        own = vars(evaluation.read_config(config.out))
+        for key in sorted(given - evaluation.MAY_CHANGE):
+            if flags[key] != absolute(key, own.get(key)):
+                started = f"{config.out} was started with --{key.replace('_', '-')} {own.get(key)}"
                 new = f"start another one from it with --init {config.out}"
-                raise UserError(f"{started}, it cannot go on with {value}: {new}")
-        vars(resumed).update(given)
-        return resumed, True
+                raise UserError(f"{started}, it cannot go on with {flags[key]}: {new}")
+        missing = evaluation.MAY_CHANGE - own.keys()  # in a run of an older version
+        changed = {key: vars(config)[key] for key in missing | given & evaluation.MAY_CHANGE}
+        return argparse.Namespace(**own | changed), True
+    if config.resume and "data" not in given:  # a typing error in --out?
+        raise UserError(f"{config.out} holds no run to resume; to start it, give its --data, too")
     if config.init and Path(config.init).is_dir():  # its model and image size, if none were given
         first = vars(evaluation.read_config(Path(config.init)))
-        vars(config).update({key: first[key] for key in {"model", "image_size"} - given.keys()})
+        vars(config).update({key: first[key] for key in {"model", "image_size"} - given})
     return config, False
 
 
@@ -496,9 +537,9 @@ def main(argv: list[str] | None = None):
         config, resumed = parse(argv)
         rank, world, device = start_processes(config.device)
         try:
-            if rank == 0 and not resumed:
-                start_run(config, world, device)
-                config = evaluation.read_config(config.out)
+            if rank == 0:
+                lock(config.out) if resumed else start_run(config, world, device)
+                config = config if resumed else evaluation.read_config(config.out)
             if world > 1:  # another machine may not see the new file yet
                 shared = [config]
                 dist.broadcast_object_list(shared)

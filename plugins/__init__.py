@@ -5,9 +5,13 @@ table is a file of yours: `--loss focal` is `loss` in plugins/focal.py, and no o
 (docs/fork.md has an example of each kind).
 """
 
+import argparse
+import difflib
 import importlib
 import importlib.util
+import os
 import re
+from pathlib import Path
 
 # flag -> what a file in this folder defines for it
 DEFINES = {
@@ -64,7 +68,7 @@ TABLE = {
         "two_way": "plugins.two_way.loss",
     },
     "optimizer": {
-        "adamw": "train.adamw",
+        "adamw": "plugins.adamw.make_optimizer",
         "muon": "plugins.muon.make_optimizer",
     },
     "objective": {
@@ -77,6 +81,7 @@ TABLE = {
         "supervised": "plugins.supervised.Objective",
     },
     "task": {
+        "loss": "plugins.heldout.main",
         "probe": "plugins.probe.main",
         "fewshot": "plugins.fewshot.main",
         "retrieval": "plugins.retrieval.main",
@@ -97,6 +102,26 @@ class UserError(Exception):
 
 class UnknownName(UserError):
     """There is no such name and no such file."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A program's flags. A mistake in them is a UserError that names the flag probably meant."""
+
+    def __init__(self, prog: str | None = None, **options):
+        style = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(prog, formatter_class=style, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word.partition("=")[0] for word in unknown if word[0] == "-"), None)
+            close = difflib.get_close_matches(flag or "", self._option_string_actions, 1)
+            meant = f"did you mean {close[0]}?" if close else "--help lists all"
+            raise UserError(f"unknown flag {flag}: {meant}" if flag else f"'{unknown[0]}' too many")
+        return parsed, unknown
+
+    def error(self, message: str):
+        raise UserError(message)
 
 
 def names(flag: str) -> str:
@@ -120,3 +145,21 @@ def find(flag: str, name: str, other: str | None = None):
     if found is None and other is None:
         raise UserError(f"{flag} '{name}': plugins/{name}.py does not define {attribute}")
     return found
+
+
+# flag -> its names, which are no paths; a flag without any takes nothing but paths
+PATHS = {"data": TABLE["data"], "val_data": TABLE["data"], "init": TABLE["init"]}
+PATHS |= {"tokenizer": TABLE["tokenizer"], "data_root": (), "class_names": ()}
+
+
+def absolute(flag: str, value):
+    """A flag's value; the paths in it no longer depend on where the command was given."""
+    if flag not in PATHS or not value:
+        return value
+    known, parts = PATHS[flag], []
+    endings = tuple(name for name in known if name[0] == ".")
+    for part in value.split("::"):
+        is_path = not known or os.path.exists(part) or part.lower().endswith(endings)
+        is_name = "://" in part or part.partition(":")[0] in known
+        parts.append(str(Path.cwd() / part) if is_path and not is_name else part)
+    return "::".join(parts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import UserError
-from train import adamw
+from plugins import adamw
 
 MATRICES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 
@@ -24,7 +24,7 @@ def make_optimizer(named: dict[str, Tensor], lr: float, betas: tuple, decay: flo
     if not own:
         raise UserError("--optimizer muon is for transformer blocks, which this model lacks")
     rest = {name: p for name, p in named.items() if name not in own}
-    return Parts(Muon(own.values(), lr), adamw(rest, lr, betas, decay))
+    return Parts(Muon(own.values(), lr), adamw.make_optimizer(rest, lr, betas, decay))
 
 
 class Muon(torch.optim.Optimizer):

@@ -16,7 +16,7 @@ import math
 import sys
 import textwrap
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ import data
 import eval as evaluation
 from data import BadSample, CenterCrop, Prepare, Raw, UserError, caption_tokens, normalize, number
 from eval import Run
-from plugins import names
+from plugins import Parser, names
 from plugins.files import Files
 from superclass import IDF, SuperClass
 
@@ -449,11 +449,14 @@ def curve_points(folders: list[Path]) -> Iterator[tuple]:
     for folder in folders:
         batch_size = evaluation.read_config(folder).batch_size
         for line in evaluation.read_jsonl(folder / "metrics.jsonl"):
-            for key, title in titles.items():
-                yield title, str(folder), line["samples"], line[key]
+            for key in titles.keys() & line:
+                yield titles[key], str(folder), line["samples"], line[key]
+            if "val_loss" in line:  # beside the loss, each run with a line of its own
+                yield "loss", f"{folder}, held out", line["samples"], line["val_loss"]
         for row in evaluation.own_rows(folder):
             name = f"{evaluation.task_name(row)} {row.get('attribute', '')}".strip()
             scores = {f"{name} {key}": row[key] for key in row if isinstance(row[key], float)}
+            scores.pop("loss val_loss", None)  # it stands in metrics.jsonl
             for title, value in ({name: row["top1"]} if "top1" in row else scores).items():
                 yield title, str(folder), row["step"] * batch_size, value
 
@@ -512,10 +515,9 @@ def show_data(argv: list[str] | None = None) -> dict[str, list]:
     return {"quantiles": quantiles, "account": account, "tokens": frequent}
 
 
-def make_parser(program: str, about: str, out: str = "", of_a_run=False) -> ArgumentParser:
+def make_parser(program: str, about: str, out: str = "", of_a_run=False) -> Parser:
     """A parser with --out, and with the flags that say which run is shown what."""
-    style = ArgumentDefaultsHelpFormatter
-    parser = ArgumentParser(program, description=about, formatter_class=style)
+    parser = Parser(program, description=about)
     add, out = parser.add_argument, out or f"{program.split()[-1]}.png"
     add("--out", type=picture_path, default=out, help="the picture, a PNG")
     if of_a_run:

@@ -26,10 +26,11 @@ STEPS, TIMED = 6, 3  # compiling slows the first steps, batches that were loaded
 def main(argv: list[str]):
     """Train for six steps in a folder that is then removed; print time, memory, disk and losses."""
     config, _ = train.parse(argv)
-    if (config.out / "config.json").exists():
+    if (config.out / "checkpoint.pt").exists():
         raise UserError(f"{config.out} already holds a run: choose another --out")
     where = next(folder for folder in config.out.absolute().parents if folder.is_dir())
     said, few = io.StringIO(), ["--samples", str(STEPS * config.batch_size), "--log-every", "1"]
+    few += ["--eval-every", str(STEPS)]
     try:
         with tempfile.TemporaryDirectory(prefix="plan-", dir=where) as folder:
             # A row for the last step, so that train.py takes it for evaluated.
@@ -41,10 +42,6 @@ def main(argv: list[str]):
                 return
             sizes = [(path.name, path.stat().st_size) for path in sorted(Path(folder).glob("*.pt"))]
             losses = expected_losses(evaluation.read_config(Path(folder)))
-    except torch.OutOfMemoryError:
-        micro_batch = config.micro_batch or "a process's share of the batch"
-        advice = f"lower --micro-batch (now {micro_batch}) or add --grad-checkpointing"
-        raise UserError(f"the device's memory is too small for a step: {advice}") from None
     except PermissionError as error:
         raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from None
     for line in said.getvalue().splitlines():
@@ -61,6 +58,23 @@ def main(argv: list[str]):
     if losses:
         start, counted, least = losses
         print(f"loss    {start:.2f} at first; {counted:.2f} by word counts; {least:.2f} or more")
+
+
+def try_batch(forward, model, objective, config, micro_batch: int, device: torch.device):
+    """Pass a blank micro-batch forward and back, and leave the model as it was."""
+    ids = torch.arange(min(77, config.vocab_size), device=device).repeat(micro_batch, 1)
+    images = torch.zeros(micro_batch, 3, config.image_size, config.image_size, device=device)
+    targets = ids.new_zeros(micro_batch, len(config.classes))
+    batch = data.Batch(images, ids, targets, dict.fromkeys(objective.reads, ids), [], [], {})
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    dtype = getattr(torch, config.dtype)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        outputs = forward(images, **batch.reads)
+        loss = objective.loss(outputs, batch, torch.ones(config.vocab_size, device=device))
+    loss.backward()
+    model.zero_grad()
+    for name, buffer in model.named_buffers():  # a batch norm's
+        buffer.copy_(buffers[name])
 
 
 def span(seconds: float) -> str:

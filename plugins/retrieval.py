@@ -33,6 +33,13 @@ def retrieval(scores: Tensor, captions: Tensor, at=(1, 5, 10)) -> dict[str, floa
     return found | {f"t2i@{k}": (text_rank < k).double().mean().item() for k in at}
 
 
+def suits(run: Run, val) -> bool:
+    """Whether a run can score captions, and most captions of the data differ from one another."""
+    can = run.objective.has_words or hasattr(run.objective, "score_captions")
+    texts = list(val.captions(500)) if can else []
+    return 2 * len(set(texts)) > len(texts)
+
+
 def measure(run: Run, val, options: dict) -> list[dict]:
     """The row of `retrieval` among the images of a source and their captions.
 
@@ -42,7 +49,8 @@ def measure(run: Run, val, options: dict) -> list[dict]:
     own = getattr(run.objective, "score_captions", None)
     if own is None and not run.objective.has_words:
         raise UserError(f"retrieval needs a head over words or a text tower: {run.folder} has none")
-    features, _, tokens = extract(run, val, options["limit"], options["workers"], captioned=True)
+    limit = options["limit"] or options.get("pairs")
+    features, _, tokens = extract(run, val, limit, options["workers"], captioned=True)
     texts = [tuple(row if own else sorted(set(row))) for row in tokens]
     index = {text: m for m, text in enumerate(sorted(set(texts)))}
     if own:

@@ -46,7 +46,7 @@ class Shards(Source):
     DELAYS = (0, 1, 2, 4, 8)  # seconds before each try to read a shard
 
     def __init__(self, spec: str, names: list[list[str]] | None):
-        self.urls = expand_shards(spec)
+        self.rows = self.urls = expand_shards(spec)
         self.most_lanes = len(self.urls)
         self.numbers = number_classes(names or [])
         self.attributes = {"class": names} if names else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data import UserError
 from eval import MAY_CHANGE, own_rows, read_config, read_jsonl, task_name
+from plugins import Parser
 
 COSTS = ("minutes", "images/s", "peak MB")
 
@@ -80,6 +81,7 @@ def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
     steps = math.ceil(config.samples / config.batch_size)
     if not metrics or metrics[-1]["step"] < steps:
         raise UserError(f"{folder} is not finished: continue it with --out {folder} --resume")
+    metrics = [line for line in metrics if "loss" in line]  # others are of held-out data
     rows, scores = [row for row in own_rows(folder) if row["step"] == steps], {}
     several = len({row["attribute"] for row in rows if "attribute" in row}) > 1
     for row in rows:
@@ -97,6 +99,6 @@ def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(prog="eval.py table")
+    parser = Parser(prog="eval.py table")
     parser.add_argument("run", type=Path, nargs="+", help="folders of finished runs")
     print(table(parser.parse_args(argv).run))

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -19,7 +20,7 @@ import superclass
 import train
 from data import Start, load_source
 from eval import load_run, read_jsonl
-from plugins import TABLE, convnets
+from plugins import TABLE, absolute, convnets
 from plugins.caption import load_gpt2
 from plugins.contrastive import contrastive_loss
 from plugins.sigmoid_losses import asl
@@ -34,7 +35,8 @@ TIMES = {"images_per_s", "step_s", "data_s", "peak_mb"}
 
 
 def metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of training, without what depends on the machine."""
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
@@ -90,6 +92,7 @@ def test_a_run_leaves_its_files_and_learns(finished):
         "checkpoint.pt",
         "encoder.pt",
         "metrics.jsonl",
+        ".lock",
     }
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 13))
@@ -264,7 +267,11 @@ def test_objectives_learn_and_are_evaluated(classes, tmp_path, flags, device, mo
     assert lines[-1]["loss"] < lines[0]["loss"]
     rows = read_jsonl(run / "eval.jsonl")
     tasks = {"supervised": ["head"], "superclip": ["head", "zeroshot"]}.get(flags[1], ["zeroshot"])
-    assert [(row["step"], row["task"]) for row in rows] == [(20, t) for t in [*tasks, "probe"]]
+    differ = flags[1] != "supervised"
+    tasks = ["loss", *["retrieval"] * differ, *tasks, "probe"]
+    assert [(row["step"], row["task"]) for row in rows] == [(20, t) for t in tasks]
+    assert rows[0]["val_loss"] < lines[0]["loss"]
+    rows = [row for row in rows if "top1" in row]
     assert rows[-1]["top1"] > 0.9 and all(row["top1"] > 0.6 for row in rows)
     if flags[1] == "superclip":  # prompts are for its towers, not for its head
         found, val, asked = load_run(run, device), load_source(str(classes), "val"), []
@@ -288,7 +295,7 @@ def test_scores_of_other_data_do_not_stand_for_a_missing_evaluation(classes, tmp
     for _ in range(2):  # and only once
         train.main(["--out", str(run), "--resume"])
         tasks = [row["task"] for row in read_jsonl(run / "eval.jsonl")]
-        assert tasks == ["zeroshot", "zeroshot", "probe"]
+        assert tasks == ["loss", "loss", "retrieval", "zeroshot", "probe"]
 
 
 def test_lit_leaves_its_encoder_as_it_was(classes, tmp_path, device):
@@ -614,16 +621,56 @@ def test_a_killed_run_ends_like_one_that_was_not(finished, whole, tmp_path, plac
     assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_a_signal_finishes_the_step_and_saves(finished, whole, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_finishes_the_step_and_saves(finished, whole, tmp_path, name):
     run = tmp_path / "run"
-    stopped = launch(train_flags(finished[1], run, *KILLED), 1, (0, "SIGINT", "batch", 5))
-    assert stopped.codes == [128 + signal.SIGINT]
+    stopped = launch(train_flags(finished[1], run, *KILLED), 1, (0, name, "batch", 5))
+    assert stopped.codes == [128 + getattr(signal, name)]
     assert "stopped after step 5 of 12; continue with: " in stopped.said
     assert f"python train.py --out {run} --resume" in stopped.said
     assert state(run)["progress"]["step"] == 5
     train.main(["--out", str(run), "--resume"])
     assert_same(state(run), state(whole))
     assert metrics(run) == metrics(whole)
+
+
+def test_nohup_holds_and_handlers_are_given_back():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.caught_signals() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one kills
+        assert caught == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_scores_and_early_checkpoints_do_not_touch_the_training(
+    finished, whole, tmp_path, monkeypatch
+):
+    """With scores every four steps and a checkpoint after each step: the same bits, also resumed.
+
+    Captions without classes have their loss and retrieval measured.
+    """
+    saved, save = [], train.save
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(train, "save", lambda state, *a: saved.append(0) or save(state, *a))
+    flags = [*KILLED[:-1], "0", "--eval-every", "5", "--val-data", str(finished[1])]
+    flags = train_flags(finished[1], tmp_path / "run", *flags)
+    run, killed = run_and_killed_copy(flags, 8)
+    assert len(saved) == 13
+    train.main(["--out", str(killed), "--resume"])
+    for folder in (run, killed):
+        assert metrics(folder) == metrics(whole)
+        assert_same(state(folder), state(whole) | {"fingerprint": state(folder)["fingerprint"]})
+        rows = [(row["step"], row["task"]) for row in read_jsonl(folder / "eval.jsonl")]
+        assert rows == [(s, t) for s in (0, 5, 10, 12) for t in ("loss", "retrieval")]
+        losses = [line for line in read_jsonl(folder / "metrics.jsonl") if "val_loss" in line]
+        assert [line["step"] for line in losses] == [0, 5, 10, 12]
+        assert losses[-1]["val_loss"] < losses[0]["val_loss"]
 
 
 def test_a_folder_can_be_read_while_a_run_writes_it(finished, tmp_path):
@@ -743,6 +790,14 @@ def test_unknown_names_are_refused(capsys, pairs, tmp_path):
         ("--beta2", "1", "must be from 0 to 0.9999, not 1"),
     ):
         assert f"argument {flag}: {message}" in refused(capsys, *flags, flag, value)
+    error = refused(capsys, *flags, "--batchsize", "3")
+    assert error == "error: unknown flag --batchsize: did you mean --batch-size?"
+    assert "unknown flag --zz: --help lists all" in refused(capsys, *flags, "--zz=1")
+    assert "unknown flag --batch: did you mean" in refused(capsys, *flags, "--batch", "3")
+    for main, given, meant in ((evaluation.main, ("probe", "r", "--limt"), "--limit"),
+                               (evaluation.main, ("words", "r", "--wrd"), "--word"),
+                               (data.main, ("shapes", "--sed"), "--seed")):  # fmt: skip
+        assert refused(capsys, *given, "3", main=main).endswith(f"did you mean {meant}?")
     assert not (tmp_path / "run").exists()
 
 
@@ -779,11 +834,20 @@ def test_a_run_does_not_go_on_as_another(capsys, finished):
 
 
 def test_data_that_changed_is_not_resumed(capsys, finished, tmp_path):
+    """Renamed files, too: the seed would draw others from their order."""
     run, pairs = tmp_path / "run", tmp_path / "pairs"
+    again = "--out", run, "--resume"
     shutil.copytree(finished[1], pairs)
     train.main(train_flags(pairs, run, "--samples", "8", "--workers", "0"))
-    picture(99).save(pairs / "new.png")
-    assert "24 pairs, now 25 pairs" in refused(capsys, "--out", run, "--resume")
+    (pairs / "003.png").rename(pairs / "03.png")
+    (pairs / "003.txt").rename(pairs / "03.txt")
+    assert re.search("was 24 pairs, names .*, now 24 pairs", refused(capsys, *again))
+    picture(99).save(pairs / "003.png")
+    assert re.search("was 24 pairs, names .*, now 25 pairs", refused(capsys, *again))
+    (pairs / "003.png").unlink()
+    (pairs / "03.png").rename(pairs / "003.png")
+    (pairs / "03.txt").rename(pairs / "003.txt")
+    train.main(["--out", str(run), "--resume"])
 
 
 def test_captions_without_classes_train_with_a_labelled_validation_set(finished, tmp_path, capsys):
@@ -797,10 +861,72 @@ def test_captions_without_classes_train_with_a_labelled_validation_set(finished,
     assert "zeroshot" in out and "probe" not in out
 
 
-def test_resume_of_nothing_starts(pairs, tmp_path, device):
-    flags = train_flags(pairs, tmp_path / "run", "--samples", "8", "--workers", "0", "--resume")
+def test_resume_of_nothing_starts_what_has_its_data_named(capsys, pairs, tmp_path, device):
+    run = tmp_path / "run"
+    error = refused(capsys, "--out", run, "--resume", "--samples", "8")
+    assert f"{run} holds no run to resume" in error and not run.exists()
+    train.main(train_flags(pairs, run, "--samples", "8", "--workers", "0", "--resume"))
+    assert state(run)["progress"]["step"] == 1
+
+
+def test_a_start_that_failed_does_not_block_its_folder(capsys, pairs, tmp_path, monkeypatch):
+    """As when a batch does not fit memory, which shows before the folder holds a run."""
+    said = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 EB"
+    flags = train_flags(pairs, tmp_path / "run", "--samples", "8", "--workers", "0")
+    for failure in (RuntimeError(said), MemoryError(), torch.OutOfMemoryError("8 EiB")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SuperClass, "forward", lambda *_, failure=failure: raise_(failure))
+            error = refused(capsys, *flags)
+        assert "memory ran out" in error and "--micro-batch" in error
+        assert not (tmp_path / "run" / "checkpoint.pt").exists()
     train.main(flags)
-    assert state(tmp_path / "run")["progress"]["step"] == 1
+    with pytest.raises(RuntimeError, match="ours"), data.one_sentence():
+        raise RuntimeError("ours")
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_second_process_in_a_runs_folder_is_refused(finished, tmp_path):
+    """While the first one trains; what a killed one held is free."""
+    run = tmp_path / "run"
+    flags = ["--samples", "80000", "--workers", "2", "--no-first-eval"]
+    (process,) = start(train_flags(finished[1], run, *flags), tmp_path / "log")
+    try:
+        while process.is_alive() and not (run / "checkpoint.pt").exists():
+            process.join(0.05)
+        second = launch(["--out", run, "--resume"])
+        assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+    assert second.codes == [2] and f"another process trains in {run}" in second.said
+    train.lock(run)
+
+
+def test_storage_without_locks_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.lockf", lambda *_: raise_(OSError(errno.ENOLCK, "No locks")))
+    train.lock(tmp_path)
+    assert "is not locked" in capsys.readouterr().err
+
+
+def test_a_run_can_be_read_from_another_folder(pairs, tmp_path, monkeypatch, device):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    flags = ["--val-data", "./pairs/", "--class-names", "names.txt", "--samples", "8"]
+    train.main(train_flags("pairs", "run", *flags, "--workers", "0", "--no-first-eval"))
+    config = evaluation.read_config(tmp_path / "run")
+    assert config.data == config.val_data == str(pairs)
+    assert config.class_names == str(tmp_path / "names.txt")
+    train.main(["--out", "run", "--resume", "--data", "pairs"])  # the same
+    monkeypatch.chdir("/")
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert absolute("data", "a.tar::s3://b/c.tar::d.TAR") == "/a.tar::s3://b/c.tar::/d.TAR"
+    assert absolute("data", "{00..99}.tar") == "/{00..99}.tar"
+    names = "shapes", "coco:2014", "stripes:arg", "simplecache::s3://b/c.tar"
+    assert all(absolute("data", name) == name for name in names)
+    assert absolute("tokenizer", "bpe:512") == "bpe:512"
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
