@@ -106,10 +106,11 @@ def open_objective(config: argparse.Namespace) -> Objective:
 
 def build_model(objective: Objective, config: argparse.Namespace) -> nn.Module:
     """The untrained model; ValueError if the encoder does not fit the images."""
-    if "/" in config.model:
+    name, colon, arg = config.model.partition(":")
+    if "/" in name:
         encoder = superclass.build_encoder(config.model, config.image_size)
     else:
-        encoder = find("model", config.model)(config.image_size)
+        encoder = find("model", name)(config.image_size, *[arg] * bool(colon))
     if config.grad_checkpointing and not hasattr(encoder, "grad_checkpointing"):
         raise UserError(f"--grad-checkpointing is for the ViT, not for {config.model}")
     encoder.grad_checkpointing = config.grad_checkpointing

@@ -56,9 +56,11 @@ TABLE = {
         "SIZE/PATCH": "superclass.build_encoder",
         "resnet50": "plugins.convnets.resnet50",
         "convnext_tiny": "plugins.convnets.convnext_tiny",
+        "timm": "plugins.timm_models.build_encoder",
     },
     "init": {
         "*": "plugins.start.load_init",
+        "published": "plugins.timm_models.load_published",
     },
     "loss": {
         "softmax": "superclass.superclass_loss",
