@@ -69,14 +69,7 @@ def load_tokenizer(spec: str, captions: Iterable[str] | None = None):
     (name, _, arg), ending = spec.partition(":"), Path(spec).suffix
     if name not in TABLE["tokenizer"] and ending in TABLE["tokenizer"]:
         name, arg = ending, spec
-    try:
-        return find("tokenizer", name)(arg, captions)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer '{spec}' cannot be fetched ({error}): fetch it where there is a network, "
-            "with the environment variable TIKTOKEN_CACHE_DIR naming a folder, and copy that here, "
-            "or use --tokenizer bpe:512"
-        ) from None
+    return find("tokenizer", name)(arg, captions)
 
 
 def save_tokenizer(tokenizer) -> tuple[bytes, dict]:
@@ -121,12 +114,16 @@ class BadSample(Exception):
 
 
 class Raw(NamedTuple):
-    """A sample as a source holds it. `targets` has one class per attribute."""
+    """A sample as a source holds it. `targets` has one class per attribute.
+
+    The file of a Path is read when it is needed; a BadSample says why there is no caption.
+    """
 
     image: Image.Image | bytes | Path | None
-    caption: str | bytes | Path | None
+    caption: str | bytes | Path | BadSample | None
     targets: tuple[int, ...] = ()
     question: str | None = None  # what the caption answers, if it is an answer
+    where: str = ""  # in which file of many samples, and which one there, for messages
 
 
 class Sample(NamedTuple):
@@ -156,13 +153,15 @@ def read_part(part, what: str):
             part = None if part.exists() and not part.is_file() else part.read_bytes()
     except (OSError, ValueError) as error:  # the latter for a name that no file can have
         raise BadSample(f"missing {what}", getattr(error, "strerror", error)) from None
+    if isinstance(part, BadSample):
+        raise part
     if part is None:
         raise BadSample(f"missing {what}")
     return part
 
 
-def read_caption(caption: str | bytes | Path | None) -> str:
-    """The text of a caption in normal form; raises BadSample if there is none."""
+def read_caption(caption: str | bytes | Path | BadSample | None) -> str:
+    """A caption in normal form without the end of its last line; raises BadSample if it has none."""
     caption = read_part(caption, "caption")
     try:
         if isinstance(caption, bytes):
@@ -172,7 +171,7 @@ def read_caption(caption: str | bytes | Path | None) -> str:
         raise BadSample("unusable caption", "not UTF-8") from None
     if not caption.strip():
         raise BadSample("unusable caption", "empty")
-    return normal(caption)
+    return normal(caption.rstrip("\r\n"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -488,8 +487,10 @@ class Prepare:
             reads = {name: self.encode(caption_tokens, texts[name]) for name in self.reads}
             return Sample(image, labels, raw.targets, reads)
         except BadSample as bad:
-            files = (str(part) for part in (raw.image, raw.caption) if isinstance(part, Path))
-            return BadSample(bad.kind, f"{next(files, '')} {bad.detail}".strip())
+            parts = raw.image, raw.caption
+            file = next((f"{part}" for part in parts if isinstance(part, Path)), "")
+            where = ": ".join(filter(None, (raw.where, file)))
+            return BadSample(bad.kind, f"{where} {bad.detail}".strip())
 
     def encode(self, function: Callable, text: str | None) -> list[int]:
         ids = function(text, self.tokenizer) if text else []

@@ -6,6 +6,7 @@
 """
 
 import base64
+import contextlib
 import itertools
 import json
 from collections import Counter, defaultdict
@@ -112,9 +113,23 @@ def learn_bpe(captions: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     return ranks
 
 
+@contextlib.contextmanager
+def fetching(name: str, advice: str = ""):
+    """What tiktoken raises when it cannot fetch a file, or fetches another, as a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer '{name}' cannot be fetched ({error}): fetch it where there is a network, "
+            "with the environment variable TIKTOKEN_CACHE_DIR naming a folder, and copy that here, "
+            f"{advice}or use --tokenizer bpe:512"
+        ) from None
+
+
 def open_known(name: str, arg: str, captions: object) -> BytePairs:
-    """A published encoding; OSError or ValueError when it cannot be fetched."""
-    known = tiktoken.get_encoding(name)
+    """A published encoding; UserError when it cannot be fetched."""
+    with fetching(name):
+        known = tiktoken.get_encoding(name)
     ranks, special = known._mergeable_ranks, known._special_tokens
     return BytePairs(name, pat_str=known._pat_str, mergeable_ranks=ranks, special_tokens=special)
 

@@ -16,7 +16,7 @@ import tiktoken
 from ftfy.badness import is_bad
 from tiktoken.load import check_hash, read_file_cached
 
-from plugins.bpe import BytePairs
+from plugins.bpe import BytePairs, fetching
 
 CLIP_VOCAB = "bpe_simple_vocab_16e6.txt.gz"
 CLIP_URL = f"https://github.com/openai/CLIP/raw/main/clip/{CLIP_VOCAB}"
@@ -76,16 +76,14 @@ def open_tokenizer(arg: str, captions: object) -> ClipTokenizer:
     """CLIP's tokenizer, with 49,406 tokens and 2 special ones.
 
     Its vocabulary file comes from an installed package, else tiktoken fetches it once. Raises
-    OSError when it cannot be fetched and ValueError when it is not the published file.
+    UserError when it cannot be fetched or is not the published file.
     """
     packages = map(importlib.util.find_spec, ("open_clip", "clip"))  # without importing them
     files = [Path(p.origin).with_name(CLIP_VOCAB) for p in packages if p and p.origin]
     vocab = next((file.read_bytes() for file in files if file.is_file()), b"")
     if not check_hash(vocab, CLIP_SHA256):
-        try:
+        with fetching("clip", "or pip install open_clip_torch, "):
             vocab = read_file_cached(CLIP_URL, CLIP_SHA256)
-        except (OSError, ValueError) as error:
-            raise OSError(f"{error}; pip install open_clip_torch also helps") from None
     # The file writes a byte as its Latin-1 character if that is visible, else as one from 256 on.
     # The ids of the bytes follow this order. A blank is written as Ġ.
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]

@@ -22,13 +22,18 @@ from plugins.labels import number_classes, plain_label, unknown_label
 
 
 class Files(Pairs):
-    """Images on disk, from rows of (image path, caption or its path, label, question)."""
+    """Images on disk, from rows of (image path, caption or its path, label, question).
 
-    def __init__(self, rows: list[tuple | BadSample], names: list | None, left_out: Counter):
+    `table` is the file that the rows are from, if it is one.
+    """
+
+    def __init__(
+        self, rows: list[tuple | BadSample], names: list | None, left_out: Counter, table: str = ""
+    ):
         labels = {row[2] for row in rows if isinstance(row, tuple)} - {None}
         names = names or [[label] for label in sorted(labels)]  # by default each label is a class
         self.rows, self.numbers, self.left_out = rows, number_classes(names), left_out
-        self.attributes = {"class": names} if labels else {}
+        self.attributes, self.table = {"class": names} if labels else {}, table
         if unknown := sorted(labels - self.numbers.keys()):
             raise UserError(f"label {unknown_label(unknown[0], tuple(self.numbers))}")
 
@@ -39,7 +44,10 @@ class Files(Pairs):
         if isinstance(self.rows[i], BadSample):
             return self.rows[i]
         image, caption, label, question = self.rows[i]
-        return Raw(image, caption, (self.numbers[label],) * len(self.attributes), question)
+        if caption is None and not self.table:
+            caption = BadSample("missing caption", "has no .txt beside it")
+        where = self.table and f"row {i + 1} of {self.table}"
+        return Raw(image, caption, (self.numbers[label],) * len(self.attributes), question, where)
 
 
 def walk(folder: Path, around: tuple[Path, ...] = ()) -> Iterator[Path]:

@@ -342,7 +342,8 @@ def gather(samples: Iterable[tuple], *prepares: Prepare) -> tuple[list[tuple], l
     examples = "; ".join({item.kind: str(item) for item in bad}.values())
     found = f"{data.describe(Counter(item.kind for item in bad))} ({examples})"
     if not good:
-        raise UserError(f"no image found in {len(bad)} samples" + (f": {found}" if bad else ""))
+        none = f"not one of {len(bad)} samples can be used: {found}"
+        raise UserError(none if bad else "there is no sample")
     if bad:
         print(f"skipped {found}", file=sys.stderr)
     return good, bad

@@ -141,7 +141,7 @@ class Shards(Source):
         if self.attributes and number is None:
             reason = unknown_label(label, tuple(self.numbers))
             return BadSample("unknown label", f"{where}: {reason}")
-        return Raw(parts[image], parts.get("txt"), (number,) * len(self.attributes))
+        return Raw(parts[image], parts.get("txt"), (number,) * len(self.attributes), None, where)
 
     def stream(self, prepare: Callable, seed: int, reader: int, readers: int, start: Start):
         """Position p holds the next good sample of lane p mod L, whoever reads the lane.

@@ -40,18 +40,19 @@ def open_source(spec: str, split: str, root: str, class_names: list | None) -> F
                     columns |= dict.fromkeys(record)
                 row = make_row(record, path.parent) if isinstance(record, dict) else record
                 if isinstance(row, str):
-                    rows.append(BadSample("unreadable row", f"number {len(rows) + 1} {row}"))
+                    row = f"row {len(rows) + 1} of {path} {row}"
+                    rows.append(BadSample("unreadable row", row))
                 elif isinstance(row, tuple):
                     rows.append(row)
                 left_out["blank line"] += row is None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            rows.append(BadSample("unreadable row", f"after number {len(rows)}: {error}"))
+            rows.append(BadSample("unreadable row", f"after row {len(rows)} of {path}: {error}"))
     if "filepath" not in columns or not {"caption", "title", "label"} & columns.keys():
         found = printable(", ".join(columns) or "none")
         raise UserError(f"{path} needs the columns filepath and caption (or title); found: {found}")
     if not rows:
         raise UserError(f"{path} holds no row")
-    return Files(rows, class_names, +left_out)
+    return Files(rows, class_names, +left_out, spec)
 
 
 def make_row(record: dict, folder: Path) -> tuple | str:

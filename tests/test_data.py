@@ -124,6 +124,14 @@ def test_bad_captions_are_told_apart(tmp_path):
     assert {kind for kind, *_ in cases} < set(KINDS) and len(KINDS) == 7
 
 
+def test_the_end_of_a_last_line_is_no_part_of_a_caption(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a cat\non a mat\r\n")
+    assert data.read_caption(tmp_path / "a.txt") == "a cat\non a mat"
+    characters = SimpleNamespace(encode_ordinary=lambda text: list(text.encode()))  # any of a fork
+    samples = [Prepare(CenterCrop(8), characters)(Raw(picture(0), text)) for text in ("a", "a\n")]
+    assert samples[0].labels == samples[1].labels == [ord("a")]
+
+
 def test_crop_from_the_dct_is_close_to_a_full_decode():
     smooth = (
         Image.effect_noise((512, 512), 60)
@@ -215,6 +223,8 @@ def test_folder_pairs_images_with_texts_and_folders_with_classes(tmp_path):
         for item in map(Prepare(CenterCrop(16), load_tokenizer("bpe:256", [])), raws)
     ]
     assert sorted(kinds) == ["good"] * 5 + ["missing caption", "missing image"]
+    said = str(Prepare(CenterCrop(16), load_tokenizer("bpe:256", []))(raws[5]))
+    assert said == f"missing caption: {tmp_path / 'green' / '5.jpg'} has no .txt beside it"
     # With names of classes, other folders have none. A mark at the start of a file is no text.
     (tmp_path / "names").write_bytes(b"\xef\xbb\xbfgreen\nblue")
     (tmp_path / "green" / "1.txt").write_bytes(b"\xef\xbb\xbfa dog")
@@ -264,7 +274,9 @@ def test_tables(tmp_path, kind):
     assert items[0].targets == (1,) and items[0].reads == {}
     last = "unreadable row" if kind == "jsonl" else "unusable caption"
     assert [item.kind for item in items[1:]] == ["unusable caption", "missing image", last]
-    assert "number 4" in str(items[3]) if kind == "jsonl" else "not UTF-8" in str(items[3])
+    assert f"row 2 of {path}: {tmp_path / '0.png'} empty" in str(items[1])
+    assert f"row 4 of {path}" in str(items[3])
+    assert "JSON" in str(items[3]) if kind == "jsonl" else "not UTF-8" in str(items[3])
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

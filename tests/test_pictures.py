@@ -398,7 +398,7 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     assert "holds no run" in refused(capsys, "words", tmp_path)
     assert "nowhere.png No such file" in refused(capsys, "words", run, tmp_path / "nowhere.png")
     torn = refused(capsys, "words", run, tmp_path / "torn.png")
-    assert "no image found in 1 samples: 1 x unreadable image" in torn and "torn.png" in torn
+    assert "not one of 1 samples can be used: 1 x unreadable image" in torn and "torn.png" in torn
     unknown = refused(capsys, "words", run, tmp_path / "good.png", "--word", "ZX")
     assert "'ZX' has no token" in unknown
     assert "'a' has no token" in refused(capsys, "words", run, "--word", "a")  # it is in all
@@ -412,8 +412,14 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     with pytest.raises(SystemExit):
         command("data", "shapes", "--min-scale", "2")
     assert "must be from 0 to 1, not 2" in capsys.readouterr().err
+    (tmp_path / "mute").mkdir()
+    for i in range(12):
+        picture(i).save(tmp_path / "mute" / f"{i}.png")
+    mute = refused(capsys, "data", tmp_path / "mute")
+    assert "not one of 12 samples can be used: 12 x missing caption (missing caption: " in mute
+    assert mute.endswith(".png has no .txt beside it)")
     tarfile.open(tmp_path / "none.tar", "w").close()
-    assert refused(capsys, "data", tmp_path / "none.tar").endswith("no image found in 0 samples")
+    assert refused(capsys, "data", tmp_path / "none.tar").endswith("there is no sample")
     out = tmp_path / "no" / "folder.png"
     assert "no/folder.png" in refused(capsys, "words", run, "--number", "1", "--out", out)
     assert "no/folder.png" in refused(capsys, "curves", run, "--out", out)

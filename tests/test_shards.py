@@ -419,6 +419,7 @@ def test_every_kind_of_damage_is_told_apart_and_the_good_are_kept(tmp_path):
     source, prepare = Shards(str(tmp_path / "set"), [["red"], ["green"]]), bytes_prepare()
     items = [prepare(raw) for url in source.urls for raw in source.read(url)]
     assert Counter(item.kind for item in items if isinstance(item, BadSample)) == kinds
+    assert all(".tar" in item.detail for item in items if isinstance(item, BadSample))
     assert sum(isinstance(item, Sample) for item in items) > 200
     assert kinds.keys() | {"unreadable row"} == set(KINDS)
 

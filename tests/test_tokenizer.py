@@ -15,7 +15,7 @@ from data import (
     read_tokenizer,
     save_tokenizer,
 )
-from plugins import clip_bpe
+from plugins import TABLE, clip_bpe
 from plugins.bpe import learn_bpe
 from tests.test_clip_bpe import VARIED
 from tests.test_tokenizers import train_json
@@ -56,6 +56,21 @@ def gpt(monkeypatch):
         "gpt2", pat_str=r"\S+|\s", mergeable_ranks=ranks, special_tokens=special
     )
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", encoding)
+
+
+def test_only_what_cannot_be_fetched_is_the_users_mistake(monkeypatch):
+    """A fork's own fault keeps its traceback."""
+
+    def broken(*_):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(f"{__name__}.opened", broken, raising=False)
+    monkeypatch.setitem(TABLE["tokenizer"], "own", f"{__name__}.opened")
+    with pytest.raises(ValueError, match="a fault"):
+        load_tokenizer("own")
+    monkeypatch.setattr(tiktoken, "get_encoding", broken)
+    with pytest.raises(UserError, match=r"'gpt2' cannot be fetched \(a fault\): .*or use --tok"):
+        load_tokenizer("gpt2")
 
 
 JSON = ("wordpiece", "unigram", "bytes")
