@@ -721,6 +721,10 @@ def one_sentence():
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
+    except KeyboardInterrupt:
+        forget_loaders()
+        tqdm.write("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:

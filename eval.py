@@ -1,11 +1,11 @@
 """Evaluation: a run is read back, and its frozen encoder measured.
 
     python eval.py zeroshot|probe|fewshot|retrieval RUN [--data SPEC] [--val-data SPEC]
-    python eval.py words|search|curves|table|caption|plan ...
+    python eval.py predict|words|search|curves|table|caption|plan ...
 
 Zero-shot from the head stands here, all else on the shelf. Each of the first four prints a table,
 with one row for each attribute that the source has classes for, and appends the rows to
-RUN/eval.jsonl. In Python, `load` gives a run's model:
+RUN/eval.jsonl, unless the run is a copy without an optimizer. In Python:
 
     model, preprocess, tokenizer = load("pretrained/icons")
 
@@ -62,6 +62,7 @@ class Run(NamedTuple):
     model: nn.Module
     idf: IDF
     step: int
+    is_copy: bool = False  # without the optimizer's state, as in pretrained/: nothing is added
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
@@ -76,7 +77,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
         model.load_state_dict(state["model"])
         idf.load_state_dict(state["idf"])
         model, step = model.to(device).eval(), state["progress"]["step"]
-        return Run(folder, config, objective, tokenizer, model, idf.to(device), step)
+        parts = objective, tokenizer, model, idf.to(device), step
+        return Run(folder, config, *parts, is_copy="optimizer" not in state)
     except Exception as error:  # files that were changed can contradict each other anywhere
         reason = f"its files do not fit together ({error!r:.300})"
         raise UserError(f"{folder} is damaged: {reason}") from None
@@ -135,8 +137,9 @@ def open_sources(config: argparse.Namespace, trains: bool = True, **given) -> tu
     return train if trains else None, val and load_source(val, "val", *where)
 
 
-def read_config(folder: Path) -> argparse.Namespace:
+def read_config(folder: str | Path) -> argparse.Namespace:
     """The run's config.json; raises UserError if there is none or it is damaged."""
+    folder = Path(folder)
     try:
         return argparse.Namespace(**json.loads((folder / "config.json").read_text()), out=folder)
     except OSError:
@@ -202,18 +205,18 @@ def publish(content: dict | bytes | str, path: Path):
         raise UserError(f"{path} cannot be written ({error}); the old one is intact") from None
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: str | Path) -> list[dict]:
     """The lines of a .jsonl file without those that were cut off; none if there is no file."""
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = Path(path).read_text().splitlines() if os.path.exists(path) else []
         return [json.loads(line) for line in lines if line.endswith("}")]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def own_rows(folder: Path) -> list[dict]:
+def own_rows(folder: str | Path) -> list[dict]:
     """The scores of a run on its own data and classes, which tables and curves show."""
-    return [row for row in read_jsonl(folder / "eval.jsonl") if not row.get("flags")]
+    return [row for row in read_jsonl(Path(folder) / "eval.jsonl") if not row.get("flags")]
 
 
 def append_jsonl(path: Path, rows: list[dict]):
@@ -278,13 +281,14 @@ def good_batches(run: Run, source, size, limit=None, workers=2, reads=None) -> I
     prepare = data.Prepare(data.CenterCrop(run.config.image_size), tokenizer, reads=reads or ())
     good, skipped = 0, Counter()
     run.model.eval()
-    for batch in data.batches(
-        data.OnePass(source, prepare, size, limit), workers, run.idf.df.device
-    ):
-        good += len(batch.images)
-        skipped.update(bad.kind for bad in batch.bad)
-        if len(batch.images):
-            yield batch
+    one_pass = data.OnePass(source, prepare, size, limit)
+    with tqdm(unit="img", leave=False, disable=None) as bar:  # on a terminal
+        for batch in data.batches(one_pass, workers, run.idf.df.device):
+            good += len(batch.images)
+            skipped.update(bad.kind for bad in batch.bad)
+            if len(batch.images):
+                yield batch
+            bar.update(len(batch.images) + len(batch.bad))
     data.refuse_if_bad(good, skipped)
     if not good:
         raise UserError("there is no image to evaluate")
@@ -383,7 +387,8 @@ def classify(run: Run, task: str, names: list[list[str]], features: Tensor, prom
     if run.objective.has_words and (own is None or task == "head"):
         own, default = zeroshot, ["{}"]
     if own is None:
-        raise UserError(f"zeroshot needs a head or a text tower: {run.folder} has neither")
+        what = "to tell classes apart without training needs a head over words or a text tower"
+        raise UserError(f"{what}: {run.folder} has neither")
     texts = [[p.replace("{}", name) for name in ns for p in prompts or default] for ns in names]
     return own(run, features, texts)
 
@@ -423,6 +428,8 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
     if fits and list(train.attributes.values()) != list(val.attributes.values()):
         raise UserError("training and validation data have other classes: give --class-names")
     features, targets, _ = extract(run, val, workers=workers)
+    if len(tasks) == 1 and (some := find("task", tasks[0], "some") if fits else None):
+        train = some(train, options)  # no more images than that task uses
     if fits:
         train_features, train_targets, _ = extract(run, train, options["limit"], workers)
     rows = []
@@ -454,9 +461,12 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
 
 
 def report(rows: list[dict], run: Run) -> str:
-    """Append the rows to eval.jsonl and return them as a table."""
+    """Append the rows to eval.jsonl, unless the run is a copy, and return them as a table."""
     stamped = [{"step": run.step, **row, "time": round(time.time())} for row in rows]
-    append_jsonl(run.folder / "eval.jsonl", stamped)
+    if run.is_copy:
+        print(f"{run.folder} is a copy without an optimizer: it keeps no new row", file=sys.stderr)
+    else:
+        append_jsonl(run.folder / "eval.jsonl", stamped)
     if "attribute" not in rows[0]:  # retrieval, captions
         (row,) = rows
         scores = (f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
@@ -506,7 +516,12 @@ def measure_command(argv: list[str] | None):
         raise UserError("--prompt needs {} where the class name goes")
     run = load_run(args.run, pick_device(args.device))
     given = {name: getattr(args, name) for name in GIVEN}
-    train, val = open_sources(run.config, bool(fitted(args.task)), **given)
+    try:
+        train, val = open_sources(run.config, bool(fitted(args.task)), **given)
+    except UserError as error:
+        if any(given.values()):
+            raise
+        raise UserError(f"{error} (the run's own data; --data names other data)") from None
     if val is None:
         raise UserError("there is no validation data: name some with --val-data")
     own = {"prompts": args.prompts, "limit": args.limit}

@@ -87,6 +87,7 @@ TABLE = {
         "probe": "plugins.probe.main",
         "fewshot": "plugins.fewshot.main",
         "retrieval": "plugins.retrieval.main",
+        "predict": "plugins.predict.main",
         "words": "plugins.pictures.show_words",
         "search": "plugins.pictures.show_search",
         "curves": "plugins.pictures.show_curves",

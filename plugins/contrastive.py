@@ -189,10 +189,14 @@ class ContrastiveObjective(Objective):
         return contrastive_loss(*outputs)
 
     def classify(self, run, features: Tensor, texts: list[list[str]]) -> Tensor:
-        """Scores [N, C]: the cosine of an image and the mean of a class's texts (section 4)."""
+        """Scores [N, C]: the cosine of an image and the mean of a class's texts (section 4).
+
+        Multiplied by the loss's scale, so that a softmax over classes means what it means there.
+        """
         tokens = [[caption_tokens(text, run.tokenizer) for text in of_class] for of_class in texts]
         classes = torch.stack([embed_texts(run.model, few).mean(dim=0) for few in tokens])
-        return embed_features(run, features) @ F.normalize(classes, dim=1).T
+        scale = run.model.log_scale.exp().item()
+        return scale * (embed_features(run, features) @ F.normalize(classes, dim=1).T)
 
     def score_captions(self, run, features: Tensor, tokens: list[list[int]]) -> Tensor:
         """Scores [N, M] of M captions for N images, for retrieval."""

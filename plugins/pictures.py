@@ -13,6 +13,7 @@ Letters in shapes:  B images, N patches, S image size, D width, V vocabulary, Q 
 import functools
 import itertools
 import math
+import os
 import sys
 import textwrap
 import warnings
@@ -31,13 +32,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 import data
 import eval as evaluation
-from data import BadSample, CenterCrop, Prepare, Raw, UserError, caption_tokens, normalize, number
+from data import (
+    IMAGE_TYPES,
+    BadSample,
+    CenterCrop,
+    Prepare,
+    Raw,
+    Source,
+    UserError,
+    caption_tokens,
+    normalize,
+    number,
+)
 from eval import Run
-from plugins import Parser, names
+from plugins import TABLE, Parser, names
 from plugins.files import Files
 from superclass import IDF, SuperClass
 
@@ -66,6 +77,7 @@ def output_shares(model: SuperClass, images: Tensor, weights: Tensor) -> tuple[T
         Shares [B, N] and constants [B] that together sum to the weighted logits.
     """
     z = model.encoder(images)  # [B, N, D]
+    square_side(z)
     w = weights @ model.head.weight  # [D] or [B, D]
     deviation = (z.mean(dim=1).var(dim=1, correction=0) + model.norm.eps).sqrt()  # [B]
     centred = (z - z.mean(dim=2, keepdim=True)) / deviation[:, None, None]  # [B, N, D]
@@ -92,34 +104,56 @@ def input_shares(model: SuperClass, images: Tensor, weights: Tensor) -> tuple[Te
         chosen = (logits * weights).sum(dim=1)  # [B]
         (gradient,) = torch.autograd.grad(chosen.sum(), pixels)
     by_pixel = (gradient * pixels).sum(dim=1).detach()  # [B, S, S]
-    side, size = math.isqrt(tokens.shape[1]), images.shape[-1]
+    side, size = square_side(tokens), images.shape[-1]
     rows = F.one_hot(torch.arange(size, device=images.device) * side // size).float()  # [S, side]
     shares = (rows.T @ by_pixel @ rows).flatten(1)  # [B, N]
     return shares, chosen.detach() - shares.sum(dim=1)
 
 
+def square_side(tokens: Tensor) -> int:
+    """The number of patches in a row, for tokens [B, N, D]; NoMap if N is no square."""
+    side = math.isqrt(tokens.shape[1])
+    if side * side != tokens.shape[1]:
+        raise NoMap(f"the encoder has {tokens.shape[1]} tokens, which are no square of patches")
+    return side
+
+
+class NoMap(ValueError):
+    """The encoder's tokens have no place in the image."""
+
+
 class Held(TorchFunctionMode):
-    """A context in which autograd takes the factors of norms, GELUs and attention as constants."""
+    """A context in which autograd takes the factors of norms, gates and attention as constants.
+
+    So it is in timm's ViTs, too, with or without fused attention.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return self.LINEAR.get(function, function)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function in self.GATED:  # x times a factor; 0 / 0 at zero
+            x, *rest = args
+            gate = function(x.detach().clone(), *rest, **kwargs) / x.detach()
+            return x * gate.nan_to_num(0.5)
+        if function in self.FACTORS:
+            return function(*args, **kwargs).detach()
+        return self.LINEAR.get(function, function)(*args, **kwargs)
 
     @staticmethod
-    def layer_norm(x, shape, weight, bias, eps):
+    def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
         dims = tuple(range(-len(shape), 0))
         deviation = (x.detach().var(dims, correction=0, keepdim=True) + eps).sqrt()
-        return (x - x.mean(dims, keepdim=True)) / deviation * weight + bias
+        x = (x - x.mean(dims, keepdim=True)) / deviation
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
 
     @staticmethod
-    def gelu(x, **kwargs):
-        gate = F.gelu(x.detach(), **kwargs) / x.detach()
-        return x * gate.nan_to_num(0.5)  # 0 / 0 at zero
+    def attention(q, k, v, *args, **kwargs):
+        return F.scaled_dot_product_attention(q.detach(), k.detach(), v, *args, **kwargs)
 
-    @staticmethod
-    def attention(q, k, v):
-        return F.scaled_dot_product_attention(q.detach(), k.detach(), v)
-
-    LINEAR = {F.layer_norm: layer_norm, F.gelu: gelu, F.scaled_dot_product_attention: attention}
+    LINEAR = {F.layer_norm: layer_norm, F.scaled_dot_product_attention: attention}
+    GATED = {F.gelu, F.silu, F.hardswish, F.mish}
+    FACTORS = {F.softmax, torch.softmax, Tensor.softmax, torch.sigmoid, Tensor.sigmoid}
+    FACTORS |= {F.sigmoid, F.hardsigmoid}
 
 
 SHARES = {"input": input_shares, "output": output_shares}
@@ -179,21 +213,25 @@ def show_words(argv: list[str]) -> list:
     """The top words of images, and the patches that they come from."""
     parser = make_parser("eval.py words", show_words.__doc__, of_a_run=True)
     add = parser.add_argument
-    add("image", type=Path, nargs="*", help="image files, instead of a source")
+    add("image", nargs="*", help="image files, or folders and other sources")
     add("--number", type=number(int, 1), default=4, help="samples of a source")
     add("--word", action="append", help="map this text, not the top words; may be repeated")
     add("--lift", action="store_true", help="rank words by probability over frequency")
     add("--at", default="input", choices=tuple(SHARES), help="split there in the encoder")
     args = parser.parse_args(argv)
-    if args.out.resolve() in map(Path.resolve, args.image):
+    if args.out.resolve() in [Path(name).resolve() for name in args.image]:
         raise UserError(f"--out {args.out} is one of the images: name another file")
     if args.image and args.data:
         raise UserError("give images or --data, not both")
     run = load(args, or_texts=True)
-    files = Files([(path, None, None, None) for path in args.image], None, Counter())
-    source, limit = (files, None) if args.image else (run_source(run, args.data), args.number)
+    if args.image:
+        sources = open_named(args.image, run.config.data_root)
+    else:
+        sources = [run_source(run, args.data)]
+    limits = [None if isinstance(source, Named) else args.number for source in sources]
+    blocks = (s.once(0, 1, 256, limit) for s, limit in zip(sources, limits, strict=True))
     views = [Prepare(CenterCrop(size)) for size in (TILE, run.config.image_size)]
-    samples, _ = gather(itertools.chain(*source.once(0, 1, 256, limit)), *views)
+    samples, _ = gather(itertools.chain(*itertools.chain(*blocks)), *views)
     if not run.objective.has_words:
         return show_captions(args, run, samples)
     asked = [(text, word_weights(run, text)) for text in args.word or ()]
@@ -203,15 +241,19 @@ def show_words(argv: list[str]) -> list:
         with torch.inference_mode():
             logits = run.model.head(run.model.norm(run.model.features(images)))[0].float()  # [V]
         words = top_words(run, logits, 6, args.lift)
+        print(f"{name_of(raw)}: {', '.join(f'{w.text} {w.figure(args.lift)}' for w in words)}")
         ids = torch.arange(len(logits), device=logits.device)
         log_p = run.objective.log_probabilities(logits)
         cells = [(pixels(picture), []), (functools.partial(draw_bars, words, args.lift), [])]
         for text, weights in asked or [(w.text, (ids == w.id).float()) for w in words[:3]]:
-            shares, _ = SHARES[args.at](run.model, images, weights)
-            drawn = draw_map(pixels(picture), shares[0].numpy(force=True))
+            drawn = pixels(picture)
+            try:
+                shares, _ = SHARES[args.at](run.model, images, weights)
+                drawn = draw_map(drawn, shares[0].numpy(force=True))
+            except NoMap as error:
+                data.say_once(f"no maps: {error}")
             cells.append((drawn, [(f"{(weights @ log_p).exp():.1%}  {text}", INK)]))
         rows.append((name_of(raw), cells))
-        print(f"{name_of(raw)}: {', '.join(f'{w.text} {w.figure(args.lift)}' for w in words)}")
     place = {"input": "pixels", "output": "encoder's output"}[args.at]
     about = f"bars: probability{' over frequency' if args.lift else ''}; maps: orange speaks for "
     about += "the word, blue against it; grey: caption or file, which the model is not given"
@@ -324,6 +366,37 @@ def load(args: Namespace, or_texts: bool = False) -> Run:
     return run
 
 
+class Named(Files):
+    """Image files that somebody named."""
+
+
+def open_named(names: list[str], root: str, class_names: str | None = None) -> list[Source]:
+    """What names on a command line stand for: image files are one source, all else is each its own.
+
+    A file of another type than data.py reads is taken for an image, too, and found to be none.
+    """
+    endings = tuple(name for name in TABLE["data"] if name[0] == ".")
+    images, sources = [], []
+    for name in names:
+        is_table = name.lower().endswith(endings)
+        if name.lower().endswith(IMAGE_TYPES) or (os.path.isfile(name) and not is_table):
+            images.append((Path(name), None, None, None))
+        else:
+            sources.append(data.load_source(name, "val", root, class_names))
+    return ([Named(images, None, Counter())] if images else []) + sources
+
+
+def place_of(source: Source, place, raw: Raw | BadSample) -> str:
+    """Where a sample is: its image's file, else its shard and number, or its number alone."""
+    if isinstance(raw, Raw) and isinstance(raw.image, Path):
+        return data.printable(raw.image)
+    if isinstance(raw, BadSample) and raw.detail:
+        return raw.detail
+    if isinstance(place, tuple):
+        return data.printable(f"{source.urls[place[0]]} #{place[1]}")
+    return f"{type(source).__name__} #{place}"
+
+
 def run_source(run: Run, spec: str | None):
     """The source that --data names, or the run's validation data, or what it trained on."""
     config = run.config
@@ -370,12 +443,21 @@ def search(run: Run, source, texts: list[str]) -> tuple[Tensor, list]:
     """Scores [B, Q] of a source's images for texts, as in zero-shot, and the images' places."""
     bags = torch.stack([word_weights(run, text) for text in texts]).cpu().to_sparse()
     scores, places = [], []
-    stream = evaluation.good_batches(run, source, evaluation.BATCH)
-    for batch in tqdm(stream, unit=f" x {evaluation.BATCH} images", leave=False):
+    for batch in evaluation.good_batches(run, source, evaluation.BATCH):
         features = run.model.features(normalize(batch.images))
         scores.append(evaluation.score_bags(run, features, bags))
         places += batch.places
     return torch.cat(scores), places
+
+
+def by_counts(run: Run, texts: list[str]) -> Tensor:
+    """The scores [Q] that texts would have if a model knew how often each token is a target.
+
+    A head that is right about frequencies has these on average over the images of training.
+    """
+    mass = run.idf.df.float() * run.idf.weights()  # [V]
+    log_p = (mass / mass.sum()).log().nan_to_num(neginf=0.0)  # such tokens have no weight
+    return torch.stack([word_weights(run, text) @ log_p for text in texts]).cpu()
 
 
 def show_search(argv: list[str]) -> list:
@@ -388,19 +470,30 @@ def show_search(argv: list[str]) -> list:
     run, rows = load(args), []
     source = run_source(run, args.data)
     scores, places = search(run, source, args.text)
+    lifts = (scores - by_counts(run, args.text)).exp()  # [B, Q]
     best = scores.topk(min(args.number, len(scores)), dim=0).indices  # [number, Q]
     if hasattr(source, "read"):  # read a shard with several hits only once
         source.read = functools.lru_cache(maxsize=1)(source.read)
     hits = ((place, source.raw(place)) for place in sorted({places[i] for i in best.flatten()}))
     samples, _ = gather(hits, Prepare(CenterCrop(TILE)))  # reports files that are gone by now
-    shown = {place: (name_of(raw), pixels(picture)) for place, raw, picture in samples}
+    shown = {place: (raw, pixels(picture)) for place, raw, picture in samples}
     for q, text in enumerate(args.text):
-        cells = []
+        cells, most = [], lifts[:, q].max().item()
+        print(f"{text}:")
+        if most <= 1:
+            print(
+                f"  nothing matches: the best of {len(scores):,} has {most:.2f}x the words' share"
+            )
+            continue
         for i in (i for i in best[:, q].tolist() if places[i] in shown):
-            name, picture = shown[places[i]]
-            cells.append((picture, [(f"{scores[i, q].exp():.1%}  {name}", INK)]))
+            raw, picture = shown[places[i]]
+            score, file = f"{scores[i, q].exp():.1%}", place_of(source, places[i], raw)
+            caption = "" if (caption := name_of(raw)) == Path(file).name else caption
+            cells.append((picture, [(f"{score}  {caption or file}", INK)]))
+            print(f"  {score} {lifts[i, q]:.1f}x  {file}  {caption}".rstrip())
         rows += [(f'"{text}"', cells)] if cells else []
-        print(f"{text}:", *(caption for _, [(caption, _)] in cells), sep="\n  ")
+    if not rows:
+        return rows
     title = f"{args.run.resolve().name}: the best of {len(scores):,} images for a text"
     about = "percentage: mean probability of the text's tokens; then the image's caption or file"
     sheet(title, about, rows, 6, args.out)

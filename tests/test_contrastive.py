@@ -154,7 +154,7 @@ def embedded(run, features, texts: list[str]) -> tuple[list[torch.Tensor], torch
 
 
 @torch.no_grad()
-def test_zeroshot_is_the_cosine_with_the_mean_prompt(towers):
+def test_zeroshot_is_the_scaled_cosine_with_the_mean_prompt(towers):
     run, features = towers
     names, prompts = [["red", "crimson"], ["blue"]], ["a {}", "one {} ball"]
     expected = []
@@ -164,7 +164,8 @@ def test_zeroshot_is_the_cosine_with_the_mean_prompt(towers):
         mean = torch.cat(rows).mean(dim=0)
         expected.append(F.cosine_similarity(images, mean[None]))
     scores = classify(run, "zeroshot", names, features, prompts)
-    torch.testing.assert_close(scores, torch.stack(expected, dim=1).cpu())
+    scale = run.model.log_scale.exp().item()
+    torch.testing.assert_close(scores, scale * torch.stack(expected, dim=1).cpu())
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def save_run(folder, **changes):
             solved = torch.linalg.solve(x.T @ x + penalty, x.T @ (wanted - wanted.mean(dim=0)))
             model.head.weight.copy_(solved.T)
             model.head.bias.copy_(wanted.mean(dim=0) - x.mean(dim=0) @ solved)
-    state = {"model": model.state_dict(), "idf": idf.state_dict(), "step": 7}
+    state = {"model": model.state_dict(), "idf": idf.state_dict(), "optimizer": {}}
     state |= {"progress": {"step": 7}, "fingerprint": fingerprint(config)}
     torch.save(state, folder / "checkpoint.pt")
     lines = [
