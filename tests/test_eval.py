@@ -161,8 +161,35 @@ def test_features_do_not_depend_on_batches(run, monkeypatch, device):
     b, _, none = extract(loaded, source, workers=2)
     torch.testing.assert_close(a, b)
     assert a.shape == (60, 128) and y.shape == (60, 1)
+    assert not a.is_inference() and torch.nn.Linear(128, 2)(a).sum().backward() is None
     first = next(source.captions(1))
     assert tokens[0] == caption_tokens(first, loaded.tokenizer) and not any(none)
+
+
+def test_reading_shows_progress(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation.tqdm, "update", lambda bar, n: seen.append(n))
+    loaded = load_run(str(run))
+    extract(loaded, load_source(loaded.config.data), workers=0)
+    assert sum(seen) == 60
+
+
+def test_a_string_is_a_path(run):
+    assert evaluation.read_config(str(run)) == evaluation.read_config(run)
+    assert own_rows(str(run)) == own_rows(run) != []
+    assert read_jsonl(str(run / "eval.jsonl")) == read_jsonl(run / "eval.jsonl")
+    model, _, _ = evaluation.load(str(run))
+    assert not model.training
+
+
+def test_a_stop_by_the_keyboard_is_one_line(run, capsys, monkeypatch):
+    def stop(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "extract", stop)
+    with pytest.raises(SystemExit, match="130"):
+        evaluation.main(["zeroshot", str(run), "--workers", "0"])
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("trains", [True, False])

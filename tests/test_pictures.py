@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -262,11 +263,37 @@ def test_search_finds(run, capsys, tmp_path, make):
     printed = capsys.readouterr().out
     for (text, cells), colour in zip(found, ("red", "blue"), strict=True):
         hits = [hit for _, [(hit, _)] in cells]
-        assert all(f"\n  {hit}" in printed for hit in hits) and f"{text[1:-1]}:" in printed
+        lines = printed.split(f"{text[1:-1]}:\n")[1].splitlines()
+        for hit, line in zip(hits, lines, strict=False):
+            score, name = hit.split("  ")
+            place = r"\S+/\d{3}\.png" if make is make_pairs else r"\S+/\d{5}\.tar #\d"
+            assert re.fullmatch(rf"  {score} [\d.]+x  {place}  {name}", line)
         assert all(colour in hit for hit in hits)
         scores = [float(hit.split("%")[0]) for hit in hits]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
     assert (tmp_path / "search.png").exists()
+
+
+def test_search_says_when_nothing_matches(run, capsys, tmp_path):
+    (tmp_path / "reds").mkdir()
+    for i in range(0, 12, 3):
+        picture(i).save(tmp_path / "reds" / f"{i}.png")
+    assert ask("search", run, "green", "--data", tmp_path / "reds") == []
+    assert "nothing matches: the best of 4 has 0." in capsys.readouterr().out
+    ((text, _),) = ask("search", run, "green", "red", "--data", tmp_path / "reds")
+    assert text == '"red"'
+
+
+def test_the_words_share_is_what_a_head_that_knows_counts_alone_would_say(run):
+    """Of the targets of all captions, added up."""
+    loaded = load_run(run)
+    w, total = loaded.idf.weights(), torch.zeros(loaded.tokenizer.n_vocab)
+    for text in CAPTIONS:
+        ids = caption_labels(text, loaded.tokenizer)
+        total[ids] += w[ids]
+    (token,) = caption_labels(" red", loaded.tokenizer)
+    expected = (total / total.sum())[token].log()
+    torch.testing.assert_close(pictures.by_counts(loaded, [" red"])[0], expected)
 
 
 def test_search_scores_as_zeroshot_does(run):
@@ -514,12 +541,31 @@ def test_shares_of_all_encoders_sum_to_the_logit(on_device, name, split):
     torch.testing.assert_close(shares.sum(dim=1) + constant, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shares_of_the_input_leave_nothing_out(on_device):
+class Timm(torch.nn.Module):
+    """A ViT of timm's with all that ours lacks, without its class token."""
+
+    def __init__(self, fused: bool):
+        super().__init__()
+        options = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+        vit = pytest.importorskip("timm").models.VisionTransformer
+        self.net = vit(**options, init_values=0.5, qk_norm=True, num_classes=0)
+        for block in self.net.blocks:
+            block.attn.fused_attn = fused
+        self.width = 32
+
+    def forward(self, images):
+        return self.net.forward_features(images)[:, self.net.num_prefix_tokens :]
+
+
+@pytest.mark.parametrize("encoder", ["ours", "timm", "timm, not fused"])
+def test_shares_of_the_input_leave_nothing_out(on_device, encoder):
     """Without biases and positions, no constant is left: all of a logit comes from the pixels."""
     model = small_model()
+    if encoder != "ours":
+        model = shaken(SuperClass(Timm(encoder == "timm"), 50))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("bias", "pos_embed")):
+            if name.endswith(("bias", "pos_embed", "cls_token")):
                 p.zero_()
     images = torch.randn(3, 3, 16, 16)
     shares, constant = input_shares(model, images, torch.eye(50)[7])
@@ -528,6 +574,16 @@ def test_shares_of_the_input_leave_nothing_out(on_device):
         logits = model(images)
     torch.testing.assert_close(shares.sum(dim=1), logits[:, 7], rtol=0, atol=1e-4)
     assert logits[:, 7].abs().min() > 0.01
+
+
+def test_words_without_places_have_no_maps(run, capsys, monkeypatch):
+    forward = ViT.forward
+    monkeypatch.setattr(ViT, "forward", lambda self, images: forward(self, images)[:, :5])
+    pictures.data.say_once.cache_clear()
+    rows = ask("words", run, "--number", "2")
+    out, err = capsys.readouterr()
+    assert len(rows) == len(out.splitlines()) == 2
+    assert err.count("no maps: the encoder has 5 tokens, which are no square of patches") == 1
 
 
 def test_holding_changes_no_value_and_mends_every_gradient(on_device):

@@ -33,6 +33,13 @@ def test_the_kept_run_is_small_and_starts_others():
     init_encoder(build_encoder(config.model, config.image_size), KEPT)
 
 
+def test_the_kept_runs_own_data_is_named_where_it_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(["zeroshot", str(KEPT)])
+    assert "(the run's own data; --data names other data)" in capsys.readouterr().err
+
+
 def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "slim"
     train.main(train_flags(make_shards(tmp_path / "data"), run, "--samples", "16"))
@@ -44,6 +51,11 @@ def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys, monkeypat
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     assert torch.equal(whole.idf.df, slim.idf.df) and slim.step == whole.step
     assert finished(out)[1] == finished(run)[1]
+    rows, flags = (out / "eval.jsonl").exists(), ["--data", str(tmp_path / "data")]
+    evaluation.main(["retrieval", str(out), *flags, "--workers", "0"])
+    said = capsys.readouterr()
+    assert "i2t@1" in said.out and "is a copy without an optimizer: it keeps no new row" in said.err
+    assert (out / "eval.jsonl").exists() == rows  # it may be under version control
     with pytest.raises(SystemExit, match="2"):
         train.main(["--out", str(out), "--resume"])
     assert "holds no optimizer's state" in capsys.readouterr().err
