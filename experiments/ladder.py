@@ -12,17 +12,21 @@ compare them within a day only. The command can be stopped and repeated.
 """
 
 import argparse
+import json
 import re
 import sys
+from os import times
 from pathlib import Path
 from statistics import median
 
 from common import append_jsonl, cell, finished, print_table, read_jsonl, train_all
 from compare import FLAGS, PLACE, measure
 
+from eval import publish
+
 KEPT = Path("experiments/ladder.jsonl")
-SCORES = ("held_out", "zero_shot", "probe", "images_per_s", "minutes")
-RUNG = r"(?:(clip)-)?(adamw|muon)-(\d+)-([\d.]+e-\d)((?:-\w+)*)"
+SCORES = ("held_out", "zero_shot", "probe", "cpu_minutes", "minutes")
+RUNG = r"(?:(\w+)-)?(adamw|muon)-(\d+)-([\d.]+e-\d)((?:-\w+)*)"
 MORE = {"crop1": "--min-scale 1", "XXS": "--model XXS/8", "V4096": "--tokenizer bpe:4096"}
 
 
@@ -31,7 +35,7 @@ def flags_of(rung: str) -> str:
     match = re.fullmatch(RUNG, rung)
     more = match[5].split("-")[1:] if match else [""]
     if not MORE.keys() >= set(more):
-        known = f"[clip-]OPTIMIZER-BATCH-RATE and any of -{', -'.join(MORE)}"
+        known = f"[OBJECTIVE-]OPTIMIZER-BATCH-RATE and any of -{', -'.join(MORE)}"
         sys.exit(f"error: {rung} is no rung: {known}")
     flags = f"--objective {match[1] or 'superclass'} --optimizer {match[2]}"
     return " ".join([flags, f"--batch-size {match[3]} --lr {match[4]}", *map(MORE.get, more)])
@@ -45,12 +49,25 @@ def run_of(rung: str, images: int, seed: int) -> tuple[Path, list[str]]:
     return PLACE / f"ladder-{rung}-{images}-{seed}", [*FLAGS, *flags]
 
 
+def train(rung: str, images: int, seed: int):
+    """Train a run; if all of it is trained at once, keep the processor time that it took."""
+    folder, flags = run_of(rung, images, seed)
+    new, before = not folder.exists(), times()
+    train_all({folder: flags})
+    if new:  # of the process and of its loader
+        spent = times().children_user + times().children_system
+        spent -= before.children_user + before.children_system
+        publish(json.dumps(spent / 60), folder / "cpu-minutes.json")
+
+
 def score(rung: str, images: int, seed: int, test: bool) -> dict:
     """The line of a finished run."""
     folder, _ = run_of(rung, images, seed)
     costs, held_out = finished(folder)[1], measure(folder, held_out_only=True)["held out"]
     line = {"name": rung, "flags": flags_of(rung), "images": images, "seed": seed}
     line |= {"minutes": round(costs["minutes"], 2), "images_per_s": round(costs["images/s"])}
+    if (kept := folder / "cpu-minutes.json").exists():
+        line |= {"cpu_minutes": round(json.loads(kept.read_text()), 2)}
     line |= {"held_out": round(held_out, 4)}
     if test:
         found = measure(folder)
@@ -68,9 +85,8 @@ def show(lines: list[dict]):
         row = [name, f"{images:,}", str(len(seeds))]
         for key in SCORES:
             values = [line[key] for line in seeds.values() if key in line]
-            digits = {"images_per_s": 0, "minutes": 1}.get(key)
-            if digits is not None:  # a cost, of which a busy machine disturbs the mean
-                row.append(f"{median(values):.{digits}f}")
+            if values and key.endswith("minutes"):  # of which a busy machine disturbs the mean
+                row.append(f"{median(values):.1f}")
             else:
                 row.append(cell(values) if values else "")
         rows.append(row)
@@ -83,14 +99,13 @@ def main():
     parser.add_argument("--images", type=int, default=102_400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--test", action="store_true", help="measure the scores on the test, too")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     args = parser.parse_args()
     for seed in args.seeds:
         for rung in args.rungs:
             key = {"name": rung, "images": args.images, "seed": seed}
             known = [line for line in read_jsonl(KEPT) if key.items() <= line.items()]
             if not any("zero_shot" in line for line in known) and (args.test or not known):
-                train_all(dict([run_of(rung, args.images, seed)]), args.jobs)
+                train(rung, args.images, seed)
                 append_jsonl(KEPT, [score(rung, args.images, seed, args.test)])
     show(read_jsonl(KEPT))
 

@@ -76,6 +76,7 @@ TABLE = {
     "objective": {
         "superclass": "superclass.Objective",
         "clip": "plugins.contrastive.ContrastiveObjective",
+        "siglip": "plugins.contrastive.SigLIPObjective",
         "lit": "plugins.contrastive.LiTObjective",
         "superclip": "plugins.contrastive.SuperCLIPObjective",
         "caption": "plugins.caption.PatchesObjective",

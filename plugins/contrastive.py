@@ -1,6 +1,8 @@
 """CLIP, and what is built on it: an image and its caption meet in one space.
 
     --objective clip                    the baseline of Tables 3 and 9 (Radford et al., 2021)
+    --objective siglip                  CLIP that judges each pair alone (Zhai et al., 2023, arXiv
+                                        2303.15343)
     --objective lit --init RUN          a text tower for a locked encoder (Zhai et al., 2022), with
                                         which the paper measures zero-shot
     --objective superclip               CLIP with SuperClass's loss beside it, by the same group
@@ -130,6 +132,23 @@ class CLIP(nn.Module):
         return self.embed_images(features), self.embed_texts(tokens), self.log_scale.exp()
 
 
+class SigLIP(CLIP):
+    """CLIP with SigLIP's start of the scale, which has no bound, and a bias that is learned, too.
+
+    The bias starts so low because few of the pairs of an image and a text belong together.
+    """
+
+    MAX_LOG_SCALE = math.inf
+
+    def __init__(self, encoder: nn.Module, text: TextTower):
+        super().__init__(encoder, text)
+        nn.init.constant_(self.log_scale, math.log(10))
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def contrast(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        return *super().contrast(features, tokens), self.bias
+
+
 class SuperCLIP(CLIP):
     """CLIP with SuperClass's head on the same pooled features (arXiv 2512.14480).
 
@@ -157,11 +176,31 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
         images, texts: [b, E], unit vectors of this process; row i of both is one pair.
         scale: [], one over the temperature.
     """
-    first = dist.get_rank() * len(images) if dist.is_initialized() else 0
-    own = torch.arange(first, first + len(images), device=images.device)
+    own = places(images)
     to_texts = scale * images @ gather(texts).flatten(0, 1).T  # [b, B]
     to_images = scale * texts @ gather(images).flatten(0, 1).T  # [b, B]
     return (F.cross_entropy(to_texts, own) + F.cross_entropy(to_images, own)) / 2
+
+
+def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """SigLIP's loss over the whole global batch: is this the image's own text, for all B x B pairs?
+
+    -log sigmoid(z (scale x cosine + bias)), with z = 1 for a pair and -1 for all others, is summed
+    over the pairs and divided by B. Processes share the work as in `contrastive_loss`.
+
+    Args:
+        images, texts: as there.
+        scale, bias: [].
+    """
+    logits = scale * images @ gather(texts).flatten(0, 1).T + bias  # [b, B]
+    z = torch.full_like(logits, -1).scatter(1, places(images)[:, None], 1)
+    return -F.logsigmoid(z * logits).sum(dim=1).mean()
+
+
+def places(x: Tensor) -> Tensor:
+    """The rows of the global batch [b] that this process has."""
+    first = dist.get_rank() * len(x) if dist.is_initialized() else 0
+    return torch.arange(first, first + len(x), device=x.device)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -201,6 +240,15 @@ class ContrastiveObjective(Objective):
     def score_captions(self, run, features: Tensor, tokens: list[list[int]]) -> Tensor:
         """Scores [N, M] of M captions for N images, for retrieval."""
         return embed_features(run, features) @ embed_texts(run.model, tokens).T
+
+
+class SigLIPObjective(ContrastiveObjective):
+    """CLIP with SigLIP's loss."""
+
+    model = SigLIP
+
+    def loss(self, outputs: tuple, batch, weights: Tensor) -> Tensor:
+        return sigmoid_loss(*outputs)
 
 
 class LiTObjective(ContrastiveObjective):

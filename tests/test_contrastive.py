@@ -1,4 +1,4 @@
-"""CLIP and SuperCLIP against dense float64 versions, a peer, and themselves on two ranks."""
+"""CLIP, SigLIP, SuperCLIP: against dense float64 versions, a peer, themselves on two ranks."""
 
 import copy
 import math
@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from data import caption_tokens, load_tokenizer
 from eval import Run, classify
 from plugins import contrastive, two_way
-from plugins.contrastive import CLIP, SuperCLIP, TextTower, contrastive_loss
+from plugins.contrastive import (
+    CLIP,
+    SigLIP,
+    SuperCLIP,
+    TextTower,
+    contrastive_loss,
+    sigmoid_loss,
+)
 from superclass import IDF, SuperClass, ViT, superclass_loss
 from tests.conftest import as_labels
 from tests.die import SERVER
@@ -122,6 +129,29 @@ def test_superclip_is_the_sum_of_two_dense_losses_in_float64(on_device):
     assert model.head.weight.grad.abs().max() > 0 < model.text_proj.weight.grad.abs().max()
 
 
+def test_sigmoid_loss_is_a_dense_one_in_float64_and_starts_as_in_the_paper(on_device):
+    model = tiny_clip(SigLIP)
+    images, texts, scale, bias = model(torch.randn(B, 3, 16, 16), torch.randint(V, (B, K)))
+    assert (scale.item(), bias.item()) == (pytest.approx(10), -10)
+    with torch.no_grad():
+        model.log_scale.fill_(9.0)  # CLIP's bound is not SigLIP's
+    *_, scale, bias = model(torch.randn(B, 3, 16, 16), torch.randint(V, (B, K)))
+    assert scale.item() == pytest.approx(math.exp(9), rel=1e-5)
+    outputs = [images, texts, torch.tensor(12.0, requires_grad=True), bias + 7]
+    twins = [x.detach().cpu().double().requires_grad_() for x in outputs]
+    u, v, t, b = twins
+    expected = 0.0
+    for i in range(B):
+        for j in range(B):
+            sign = 1 if i == j else -1
+            expected = expected + (1 + (-sign * (t * u[i] @ v[j] + b)).exp()).log() / B
+    loss = sigmoid_loss(*outputs)
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    found = torch.autograd.grad(loss, outputs)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, twins), strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_superclips_head_is_superclasss(on_device):
     model, images = tiny_clip(SuperCLIP), torch.randn(2, 3, 16, 16)
     plain = SuperClass(model.encoder, V)
@@ -135,12 +165,13 @@ def test_superclips_head_is_superclasss(on_device):
 # What the text tower scores.
 
 
-@pytest.fixture
-def towers(device):
-    """A run of CLIP with random towers, and features of five images."""
+@pytest.fixture(params=[CLIP, SigLIP])
+def towers(device, request):
+    """A run of CLIP or SigLIP with random towers, and features of five images."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("bpe:280", ["a red ball", "one crimson ball", "a blue ball"] * 3)
-    model = CLIP(ViT(16, 8, 32, 1, 2), TextTower(tokenizer.n_vocab, 16, 1, 2)).to(device)
+    text = TextTower(tokenizer.n_vocab, 16, 1, 2)
+    model = request.param(ViT(16, 8, 32, 1, 2), text).to(device)
     idf = IDF(tokenizer.n_vocab).to(device)
     objective = contrastive.ContrastiveObjective()
     return Run(None, None, objective, tokenizer, model, idf, 0), torch.randn(5, 32)
@@ -183,7 +214,7 @@ def test_captions_are_scored_by_their_cosine(towers):
 
 
 def one_rank(rank: int, world: int, path: str, results, device):
-    """A rank's gradients of CLIP, SuperCLIP and the two-way loss, averaged as DDP does."""
+    """A rank's gradients of CLIP and those like it, and the two-way loss, averaged as DDP does."""
     if world > 1:
         torch.set_default_device(device)
         store = f"file://{path}"
@@ -192,16 +223,17 @@ def one_rank(rank: int, world: int, path: str, results, device):
     images, tokens = torch.randn(8, 3, 16, 16), torch.randint(V, (8, K))
     logits = torch.randn(8, V, requires_grad=True)
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
-    model, both, idf = tiny_clip(), tiny_clip(SuperCLIP), IDF(V)
+    model, pairs, both, idf = tiny_clip(), tiny_clip(SigLIP), tiny_clip(SuperCLIP), IDF(V)
     idf.update(as_labels(tokens[mine]))  # counts the other rank's captions, too
     losses = [
         contrastive_loss(*model(images[mine], tokens[mine])),
+        sigmoid_loss(*pairs(images[mine], tokens[mine])),
         superclip_loss(both(images[mine], tokens[mine]), tokens[mine], idf.weights()),
         two_way.loss(logits[mine], as_labels(tokens[mine]), idf.weights()),
     ]
     sum(losses).backward()
     values = [torch.stack(losses).detach(), logits.grad, idf.df.float(), idf.n.float()]
-    values += [p.grad for p in (*model.parameters(), *both.parameters())]
+    values += [p.grad for m in (model, pairs, both) for p in m.parameters()]
     for value in values:
         if world > 1:
             torch.distributed.all_reduce(value)

@@ -75,7 +75,7 @@ def test_lanes_are_the_readers_of_the_first_start(capsys, whole, tmp_path):
     assert "1 processes x 2 workers do not divide the run's 3 lanes" in error
 
 
-@pytest.mark.parametrize("objective", ["clip", "superclip", "two_way"])
+@pytest.mark.parametrize("objective", ["clip", "siglip", "superclip", "two_way"])
 def test_two_processes_compare_the_images_of_a_batch_as_one_does(
     pairs, tmp_path, objective, device
 ):

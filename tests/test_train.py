@@ -254,7 +254,7 @@ def first(classes, tmp_path_factory, device):
 
 
 OBJECTIVES = [["--loss", name] for name in LOSSES]
-OBJECTIVES += [["--objective", name] for name in ("clip", "superclip", "supervised")]
+OBJECTIVES += [["--objective", name] for name in ("clip", "siglip", "superclip", "supervised")]
 OBJECTIVES += [["--tokenizer", "no-stopwords:words:6"]]
 
 
@@ -543,7 +543,7 @@ def assert_resumes_exactly(flags: list[str], n: int):
 
 
 RESUMED = [["--loss", name] for name in ("softmax", *LOSSES)]
-RESUMED += [["--objective", name] for name in ("clip", "superclip", "lit", "supervised")]
+RESUMED += [["--objective", name] for name in ("clip", "siglip", "superclip", "lit", "supervised")]
 RESUMED += [["--objective", name] for name in ("caption", "clipcap")]
 RESUMED += [["--precision", "fp16"], ["--micro-batch", "2", "--grad-checkpointing"]]
 
