@@ -42,7 +42,9 @@ ROWS = {
     "superclass": [],
     "no-idf": ["--no-idf"],
     "clip": ["--objective", "clip"],
+    "siglip": ["--objective", "siglip"],
     "superclip": ["--objective", "superclip"],
+    "cap": ["--objective", "cap"],
     "no-stopwords": ["--tokenizer", "no-stopwords:bpe:2048"],
     "words": ["--tokenizer", "words:2048"],
     "bce": ["--loss", "bce"],
@@ -85,17 +87,18 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
         return evaluation.measure([task], run, train, val, workers=0, **options)[-1]["top1"]
 
     def choose_prompts(task: str) -> tuple[float, list[str] | None]:
-        choices = [None] if objective == "supervised" else PROMPTS
+        choices = {"supervised": [None], "cap": PROMPTS[:1]}.get(objective, PROMPTS)
         scores = [score(task, "prompts", prompts=prompts) for prompts in choices]
         return max(scores), choices[scores.index(max(scores))]
 
-    found = dict(zip(("held out", "prompts"), choose_prompts("zeroshot"), strict=True))
+    own_way = "likelihood" if objective == "cap" else "zeroshot"  # the former takes long
+    found = dict(zip(("held out", "prompts"), choose_prompts(own_way), strict=True))
     if not held_out_only:
-        found["zero-shot"] = score("zeroshot", prompts=found["prompts"])
+        found["zero-shot"] = score(own_way, prompts=found["prompts"])
         if objective == "superclip":  # it has both towers and a head
             found["head"] = score("head", prompts=choose_prompts("head")[1])
         # Words outside the vocabulary have no score: many rare classes, some captions.
-        if objective != "supervised" and not run.config.tokenizer.startswith("words"):
+        if objective not in ("supervised", "cap") and not run.config.tokenizer.startswith("words"):
             found["rare"] = score("zeroshot", "rare", prompts=found["prompts"])
             val = load_source(f"{ICONS}/val-*.tar")
             (row,) = evaluation.measure(["retrieval"], run, None, val, workers=0)

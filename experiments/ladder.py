@@ -21,6 +21,7 @@ from statistics import median
 
 from common import append_jsonl, cell, finished, print_table, read_jsonl, train_all
 from compare import FLAGS, PLACE, measure
+from compare import SCORES as ON_TEST
 
 from eval import publish
 
@@ -71,8 +72,35 @@ def score(rung: str, images: int, seed: int, test: bool) -> dict:
     line |= {"held_out": round(held_out, 4)}
     if test:
         found = measure(folder)
-        line |= {"zero_shot": round(found["zero-shot"], 4), "probe": round(found["probe"], 4)}
+        line |= {key.replace("-", "_"): round(found[key], 4) for key in ON_TEST if key in found}
     return line
+
+
+def lines_of(rung: str, images: int, seeds: list[int], test: bool) -> list[dict]:
+    """The lines of these runs, which are trained and scored if there are none."""
+    lines = []
+    for seed in seeds:
+        key = {"name": rung, "images": images, "seed": seed}
+        known = [line for line in read_jsonl(KEPT) if key.items() <= line.items()]
+        known = [line for line in known if not test or "zero_shot" in line]
+        if not known:
+            train(rung, images, seed)
+            known = [score(rung, images, seed, test)]
+            append_jsonl(KEPT, known)
+        lines += known[-1:]
+    return lines
+
+
+def cells(lines: list[dict], keys: tuple[str, ...]) -> list[str]:
+    """The mean and the deviation of each of these scores; of minutes, the median."""
+    row = []
+    for key in keys:
+        values = [line[key] for line in lines if key in line]
+        if key.endswith("minutes"):  # of which a busy machine disturbs the mean
+            row.append(f"{median(values):.1f}" if values else "")
+        else:
+            row.append(cell(values) if values else "")
+    return row
 
 
 def show(lines: list[dict]):
@@ -82,14 +110,7 @@ def show(lines: list[dict]):
         groups.setdefault((line["name"], line["images"]), {})[line["seed"]] = line
     rows = []
     for (name, images), seeds in sorted(groups.items(), key=lambda item: item[0][::-1]):
-        row = [name, f"{images:,}", str(len(seeds))]
-        for key in SCORES:
-            values = [line[key] for line in seeds.values() if key in line]
-            if values and key.endswith("minutes"):  # of which a busy machine disturbs the mean
-                row.append(f"{median(values):.1f}")
-            else:
-                row.append(cell(values) if values else "")
-        rows.append(row)
+        rows.append([name, f"{images:,}", str(len(seeds)), *cells(list(seeds.values()), SCORES)])
     print_table(["rung", "images", "seeds", *SCORES], rows)
 
 
@@ -102,11 +123,7 @@ def main():
     args = parser.parse_args()
     for seed in args.seeds:
         for rung in args.rungs:
-            key = {"name": rung, "images": args.images, "seed": seed}
-            known = [line for line in read_jsonl(KEPT) if key.items() <= line.items()]
-            if not any("zero_shot" in line for line in known) and (args.test or not known):
-                train(rung, args.images, seed)
-                append_jsonl(KEPT, [score(rung, args.images, seed, args.test)])
+            lines_of(rung, args.images, [seed], args.test)
     show(read_jsonl(KEPT))
 
 

@@ -1,5 +1,6 @@
-"""What a language model makes of a frozen encoder's patches: captions and answers to questions.
+"""What a language model makes of an encoder's patches: captions and answers to questions.
 
+    --objective cap                            the encoder learns, too, from nothing (Cap)
     --objective caption --init RUN             one prefix vector from each patch (LLaVA-1.5)
     --objective clipcap --init RUN             ten from the mean over the patches (ClipCap)
     --objective clipcap:GPT2.bin --init RUN    into a published GPT-2, which stays frozen (Table 3)
@@ -123,21 +124,27 @@ def load_gpt2(path: str | Path) -> LanguageModel:
 
 
 class Captioner(nn.Module):
-    """A locked encoder, a projector that learns, and a `LanguageModel` that reads its vectors.
+    """An encoder, a projector that learns, and a `LanguageModel` that reads its vectors.
 
     Args:
         encoder: maps images to tokens [B, N, D] and has `.width` = D.
         prefix: "pooled" for 10 vectors from the mean over the patches (ClipCap, Mokady et al.,
             2021), "patches" for one from each patch (LLaVA-1.5, Liu et al., 2023).
-        frozen_lm: only the projector learns (Table 3).
+        frozen_lm: the language model does not learn (Table 3).
+        locked: nor does the encoder.
     """
 
     def __init__(
-        self, encoder: nn.Module, language_model: LanguageModel, prefix: str, frozen_lm=False
+        self,
+        encoder: nn.Module,
+        language_model: LanguageModel,
+        prefix: str,
+        frozen_lm=False,
+        locked=True,
     ):
         super().__init__()
-        self.encoder, self.language_model = encoder.requires_grad_(False), language_model
-        self.pooled = prefix == "pooled"
+        self.encoder, self.language_model = encoder.requires_grad_(not locked), language_model
+        self.pooled, self.locked = prefix == "pooled", locked
         language_model.requires_grad_(not frozen_lm)
         D, E = encoder.width, language_model.width
         if self.pooled:
@@ -148,7 +155,7 @@ class Captioner(nn.Module):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.encoder.eval()  # a locked batch norm must not count any more
+        self.encoder.train(mode and not self.locked)  # a locked batch norm must not count any more
         return self
 
     features = SuperClass.features  # images [B, 3, S, S] -> the pooled representation [B, D]
@@ -182,11 +189,16 @@ def caption_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     The mean over each answer, then over the batch; in float32. A mean over all tokens would weight
     an answer by the lengths of the others in its micro-batch, and change with the split.
     """
+    return (-log_likelihood(logits, tokens) / ((tokens >= 0).sum(dim=1) + 1)).mean()
+
+
+def log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The logarithm [B] of the probability of each answer and its end mark; as `caption_loss`."""
     length = (tokens >= 0).sum(dim=1, keepdim=True)  # [B, 1]
     targets = F.pad(tokens, (0, 1), value=-1).scatter(1, length, logits.shape[2] - 1)  # [B, K + 1]
     options = {"ignore_index": -1, "reduction": "none"}
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, **options)  # [B, K + 1]
-    return (losses.sum(dim=1) / (length[:, 0] + 1)).mean()
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), **options)
+    return -losses.view_as(targets).sum(dim=1)
 
 
 @torch.no_grad()
@@ -212,7 +224,8 @@ def generate(
 class PatchesObjective(Objective):
     """Captions from one prefix vector for each patch, or answers where there are questions."""
 
-    prefix, reads, tasks = "patches", ("tokens", "questions"), ("caption",)
+    prefix, locked = "patches", True
+    reads, tasks = ("tokens", "questions"), ("caption",)
     weighted = has_words = False
 
     @property
@@ -221,7 +234,7 @@ class PatchesObjective(Objective):
         return self.config.objective.partition(":")[2]
 
     def check(self, config, source):
-        if not config.init:
+        if self.locked and not config.init:
             name = config.objective.partition(":")[0]
             raise ValueError(f"--objective {name} needs a trained encoder: name it with --init")
         config.lm_shape = load_gpt2(self.gpt2).shape if self.gpt2 else None
@@ -240,7 +253,7 @@ class PatchesObjective(Objective):
         if longest > language_model.max_tokens:
             most = f"the language model's {language_model.max_tokens} tokens"
             raise ValueError(f"{most} are too few for patches, question and answer")
-        return Captioner(encoder, language_model, self.prefix, frozen_lm=bool(config.lm_shape))
+        return Captioner(encoder, language_model, self.prefix, bool(config.lm_shape), self.locked)
 
     def load_pretrained(self, model: Captioner, config):
         if self.gpt2:
@@ -258,6 +271,16 @@ class PooledObjective(PatchesObjective):
     """The same from ten prefix vectors for the pooled feature."""
 
     prefix = "pooled"
+
+
+class CapObjective(PatchesObjective):
+    """An encoder that learns from captioning alone: Cap of Tschannen et al. (arXiv 2306.07915).
+
+    There the decoder looks at the patches by cross-attention. Here they are its prefix, as in
+    GenLIP (arXiv 2605.00809), where one transformer does both.
+    """
+
+    locked, tasks = False, ("probe", "fewshot")
 
 
 # ------------------------------------------------------------------------------------------------

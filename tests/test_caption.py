@@ -11,9 +11,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import eval as evaluation
+import train
 from data import UserError
+from plugins import likelihood
 from plugins.caption import Captioner, LanguageModel, caption_loss, cider, generate, load_gpt2
 from superclass import ViT
+from tests.conftest import COLOURS, picture, train_flags
 
 V, E = 61, 128
 
@@ -244,6 +248,13 @@ def test_what_is_locked_stays_as_it_is(batch, frozen_lm):
         assert torch.equal(p, before[key]) == stays, key
 
 
+def test_an_encoder_that_is_not_locked_learns(batch):
+    model = Captioner(encoder(), LanguageModel(V, 32, 2, 2, 40), "patches", locked=False).train()
+    caption_loss(model(*batch), batch[1]).backward()
+    assert model.encoder.training
+    assert all(p.grad.abs().max() > 0 for p in model.encoder.parameters())
+
+
 def test_errors_and_features(batch):
     model = captioner()
     assert torch.equal(model.features(batch[0]), model.encoder(batch[0]).mean(dim=1))
@@ -291,6 +302,43 @@ def test_micro_batches_give_the_gradient_of_the_batch(batch, prefix):
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, whole[name], rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------
+# Zero-shot by likelihood.
+
+
+@torch.no_grad()
+def test_a_text_has_the_probability_of_its_tokens_one_after_the_other(batch):
+    model = captioner().double().eval()
+    images, tokens = batch[0].double(), batch[1]
+    found = likelihood.likelihoods(model, images, tokens)
+    assert found.shape == (4, 4)
+    for i, image in enumerate(images):
+        for j, row in enumerate(tokens.tolist()):
+            ids, total = [V - 1], 0.0
+            for token in [*(t for t in row if t >= 0), V - 1]:
+                x = model.language_model(torch.tensor([ids]), model.project(image[None]))
+                total += x[0, -1].log_softmax(dim=0)[token]
+                ids.append(token)
+            assert found[i, j].item() == pytest.approx(total.item(), abs=1e-5)
+
+
+def test_the_likeliest_class_is_measured(tmp_path, capsys):
+    """On colours, of which a run of 40 steps has learned the names."""
+    for i in range(24):
+        place = tmp_path / "data" / list(COLOURS)[i % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        picture(i).save(place / f"{i:03d}.png")
+        (place / f"{i:03d}.txt").write_text(f"a {place.name} picture")
+    data, run = str(tmp_path / "data"), tmp_path / "run"
+    flags = ["--objective", "cap", "--samples", "320", "--lr", "3e-3", "--workers", "0"]
+    train.main(train_flags(data, run, *flags))
+    task = ["likelihood", str(run), "--data", data, "--workers", "0", "--prompt", "a {} picture"]
+    evaluation.main(task)
+    *_, row = evaluation.read_jsonl(run / "eval.jsonl")
+    assert (row["task"], row["images"], row["classes"]) == ("likelihood", 24, 3)
+    assert row["top1"] > 0.9 and "likelihood" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -254,7 +254,8 @@ def first(classes, tmp_path_factory, device):
 
 
 OBJECTIVES = [["--loss", name] for name in LOSSES]
-OBJECTIVES += [["--objective", name] for name in ("clip", "siglip", "superclip", "supervised")]
+OBJECTIVES += [["--objective", name] for name in ("clip", "siglip", "superclip", "cap")]
+OBJECTIVES += [["--objective", "supervised"]]
 OBJECTIVES += [["--tokenizer", "no-stopwords:words:6"]]
 
 
@@ -266,9 +267,9 @@ def test_objectives_learn_and_are_evaluated(classes, tmp_path, flags, device, mo
     lines = metrics(run)
     assert lines[-1]["loss"] < lines[0]["loss"]
     rows = read_jsonl(run / "eval.jsonl")
-    tasks = {"supervised": ["head"], "superclip": ["head", "zeroshot"]}.get(flags[1], ["zeroshot"])
-    differ = flags[1] != "supervised"
-    tasks = ["loss", *["retrieval"] * differ, *tasks, "probe"]
+    tasks = {"supervised": ["head"], "superclip": ["head", "zeroshot"], "cap": []}
+    tasks = tasks.get(flags[1], ["zeroshot"])
+    tasks = ["loss", *["retrieval"] * (flags[1] not in ("supervised", "cap")), *tasks, "probe"]
     assert [(row["step"], row["task"]) for row in rows] == [(20, t) for t in tasks]
     assert rows[0]["val_loss"] < lines[0]["loss"]
     rows = [row for row in rows if "top1" in row]
@@ -544,7 +545,7 @@ def assert_resumes_exactly(flags: list[str], n: int):
 
 RESUMED = [["--loss", name] for name in ("softmax", *LOSSES)]
 RESUMED += [["--objective", name] for name in ("clip", "siglip", "superclip", "lit", "supervised")]
-RESUMED += [["--objective", name] for name in ("caption", "clipcap")]
+RESUMED += [["--objective", name] for name in ("cap", "caption", "clipcap")]
 RESUMED += [["--precision", "fp16"], ["--micro-batch", "2", "--grad-checkpointing"]]
 
 
