@@ -13,7 +13,7 @@ from unicodedata import is_normalized
 import ftfy
 import regex
 import tiktoken
-from ftfy.badness import is_bad
+from ftfy.badness import MOJIBAKE_CATEGORIES, is_bad
 from tiktoken.load import check_hash, read_file_cached
 
 from plugins.bpe import BytePairs, fetching
@@ -33,6 +33,12 @@ REPLACED = re.compile(
     r"\u2018-\u201F\u2028\u2029\u206A-\u206F\u3000\uD800-\uDFFF\uFB00-\uFB06\uFEFF\uFF01-\uFFFC]"
 )
 
+# ftfy's `is_bad` tries dozens of patterns at every character. Each contains one of ŒœÃÂЂ, or two
+# characters of its categories, the second not among the plain letters of Greek and Cyrillic.
+ANY = "".join(MOJIBAKE_CATEGORIES.values())
+MARKED = "".join(chars for name, chars in MOJIBAKE_CATEGORIES.items() if "_common" not in name)
+SUSPECT = re.compile(f"[{ANY}](?:[{MARKED}]|(?<=[ŒœÃÂЂ]))")
+
 
 def repair(text: str) -> str:
     """`ftfy.fix_text(text)`, without calling it where it provably changes nothing.
@@ -42,7 +48,8 @@ def repair(text: str) -> str:
     """
     changed = REPLACED.search(text) or ("&" in text and ";" in text)
     if not changed and not text.isascii():
-        changed = "\n" in text or is_bad(text) or not is_normalized("NFC", text)
+        changed = "\n" in text or not is_normalized("NFC", text)
+        changed = changed or (SUSPECT.search(text) and is_bad(text))
     return ftfy.fix_text(text) if changed else text
 
 
@@ -59,12 +66,15 @@ class ClipTokenizer(BytePairs):
     """
 
     def encode_ordinary(self, text: str) -> list[int]:
-        # Some captions on the web were escaped twice: &amp;lt; for <.
-        text = html.unescape(html.unescape(repair(text)))
-        # CLIP's pattern skips U+0345, a mark whose capital is a letter, as it skips white space.
-        text = " ".join(text.split()).lower().replace("\u0345", " ")
-        # A match may now have two blanks beside it; the second is no word and gives no id.
-        return tiktoken.Encoding.encode_ordinary(self, " ".join(CLIP_CUT.split(text)) + " ")
+        text = repair(text)
+        if "&" in text:  # some captions on the web were escaped twice: &amp;lt; for <
+            text = html.unescape(html.unescape(text))
+        text = " ".join(text.split()).lower()
+        if not text.replace(" ", "").isalpha():
+            # CLIP's pattern skips U+0345, a mark with a capital letter, as it skips white space.
+            # A match may now have two blanks beside it; the second is no word and gives no id.
+            text = " ".join(CLIP_CUT.split(text.replace("\u0345", " ")))
+        return tiktoken.Encoding.encode_ordinary(self, text + " ")
 
     def spell(self, token: int) -> str:
         """A token as text; only the last piece of a word ends in a blank."""

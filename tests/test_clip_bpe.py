@@ -5,6 +5,7 @@ import hashlib
 import html.entities
 import itertools
 import random
+import re
 import shutil
 import string
 import sys
@@ -21,7 +22,7 @@ from ftfy.badness import BADNESS_RE, is_bad
 
 from data import UserError, caption_labels, caption_tokens, load_tokenizer
 from plugins import clip_bpe, shapes
-from plugins.clip_bpe import CLIP_URL, CLIP_VOCAB, REPLACED, repair
+from plugins.clip_bpe import ANY, CLIP_CUT, CLIP_URL, CLIP_VOCAB, REPLACED, SUSPECT, repair
 
 VOCAB = Path(open_clip.tokenizer.default_bpe())
 CAPTIONS = [shapes.caption(shapes.scene_of(i, "train")) for i in range(300)]
@@ -59,6 +60,10 @@ PIECES = [
     "שלום עולם", "नमस्ते दुनिया", "สวัสดีชาวโลก", "Xin chào thế giới", "வணக்கம்", "გამარჯობა",
     "Բարեւ", "ሰላም ልዑል",
 ]  # fmt: skip
+
+# What ftfy's `is_bad` looks for, in the order of Unicode.
+SUSPECTS = re.findall(f"[{ANY}]|[\xa0-\xff]", "".join(map(chr, range(0x10000))))
+SUSPECTS += sorted({c for c in BADNESS_RE.pattern if not c.isascii()} - set(SUSPECTS))
 
 
 def varied_texts() -> list[str]:
@@ -110,7 +115,11 @@ def test_clip_ids_are_openclips_on_every_text(clip, peer):
 
 
 def test_clip_ids_are_openclips_for_every_character(clip, peer):
-    """All of Unicode but Han and Hangul: alone, beside a letter, a mark and an apostrophe."""
+    """All of Unicode but Han and Hangul: alone, beside a letter, a mark and an apostrophe.
+
+    Texts that are all letters are not cut, so CLIP must cut at none of Python's letters.
+    """
+    assert not CLIP_CUT.search("".join(filter(str.isalpha, map(chr, range(sys.maxunicode + 1)))))
     spans = [(0, 0x3400), (0xA000, 0xAC00), (0xD7B0, 0x20000)]
     characters = [chr(c) for span in spans for c in range(*span)]
     characters = [c for c in characters if unicodedata.category(c) not in ("Cn", "Co")]  # no use
@@ -154,12 +163,22 @@ def test_ftfy_replaces_no_other_character():
         assert ftfy.fix_text(text, fix_encoding=False) == text
 
 
+def test_only_suspect_text_is_bad():
+    """All pairs of those characters, beside letters, blanks and digits."""
+    assert SUSPECT.search("à la") is None and is_bad("Ã la") and is_bad("œ!")
+    passed = 0
+    for pair in map("".join, itertools.product(SUSPECTS, repeat=2)):
+        if not SUSPECT.search(pair) and not REPLACED.search(pair):
+            passed += 1
+            assert not any(map(is_bad, (f"a{pair} {pair}a", f"a {pair}1"))), repr(pair)
+    assert passed > 20_000
+
+
 def test_repair_of_wrongly_decoded_text_is_ftfys():
     """Random texts of the characters that ftfy's `is_bad` looks for, real ones among them."""
     rng = random.Random(0)
-    suspects = [*{c for c in BADNESS_RE.pattern if not c.isascii()}, *map(chr, range(160, 256))]
-    suspects += ["a", "B", " ", "\n", "?", "1"] * 12
-    texts = ["".join(rng.choices(suspects, k=rng.randint(1, 6))) for _ in range(15_000)]
+    pool = SUSPECTS + ["a", "B", " ", "\n", "?", "1"] * 12
+    texts = ["".join(rng.choices(pool, k=rng.randint(1, 6))) for _ in range(15_000)]
     for text in VARIED[:300]:
         for encoding in ("latin-1", "windows-1252", "windows-1251", "macroman"):
             texts.append(text.encode("utf-8", "replace").decode(encoding, "replace"))
