@@ -161,7 +161,7 @@ def read_part(part, what: str):
 
 
 def read_caption(caption: str | bytes | Path | BadSample | None) -> str:
-    """A caption in normal form without the end of its last line; raises BadSample if it has none."""
+    """A caption in normal form, without its last line's end; raises BadSample if it has none."""
     caption = read_part(caption, "caption")
     try:
         if isinstance(caption, bytes):

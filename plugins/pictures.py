@@ -49,6 +49,7 @@ from data import (
 )
 from eval import Run
 from plugins import TABLE, Parser, names
+from plugins.advice import advise
 from plugins.files import Files
 from superclass import IDF, SuperClass
 
@@ -606,7 +607,11 @@ def show_data(argv: list[str] | None = None) -> dict[str, list]:
         for first, *rest in table:
             print(f"{data.printable(first):<{width}}", *(f"{cell:>11}" for cell in rest))
         print()
-    return {"quantiles": quantiles, "account": account, "tokens": frequent}
+    # The number of pairs is not known for shards of which only a part was read.
+    pairs = looked if not args.limit or looked < args.limit else getattr(source, "__len__", int)()
+    advice = advise(tokenizer, captions, labels, pairs)
+    print(*advice, sep="\n")
+    return {"quantiles": quantiles, "account": account, "tokens": frequent, "advice": advice}
 
 
 def make_parser(program: str, about: str, out: str = "", of_a_run=False) -> Parser:
