@@ -17,19 +17,20 @@ def advise(tokenizer, captions: list[str], labels: list[list[int]], pairs: int) 
     """
     if not 0 < pairs < SMALL:
         return []
-    lines, counts = [], Counter(i for row in labels for i in row)
-    words, pieces = Counter(), 0
-    for caption, row in zip(captions, labels, strict=True):
-        found = set(regex.findall(r"[\p{L}\p{M}]+", caption.lower()))
-        words.update(found)
+    lines, counts = [], Counter(label for row in labels for label in row)
+    words = [set(regex.findall(r"[\p{L}\p{M}]+", caption.lower())) for caption in captions]
+    pieces = 0
+    for found, row in zip(words, labels, strict=True):
         cut = [set(tokenizer.encode_ordinary(word)) for word in found]
         whole = set().union(*(ids for ids in cut if len(ids) == 1))
         pieces += len(set().union(*cut).intersection(row) - whole)
-    known = sum(n >= 2 for n in words.values())
+    captions_with = Counter(word for found in words for word in found)
+    known = {word for word, n in captions_with.items() if n > 1}
     if pieces > counts.total() / 2 and known:
         lines.append(
             f"{pieces / counts.total():.0%} of the labels are pieces of words, which say little: "
-            f"--tokenizer words:{known} takes the words that occur twice or more"
+            f"--tokenizer words:{len(known)} takes those in two captions or more, and "
+            f"{sum(not found & known for found in words):,} captions have none of them"
         )
     rare = sum(n * pairs / len(labels) < RARE for n in counts.values())
     if rare:

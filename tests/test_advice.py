@@ -18,6 +18,7 @@ def advice(spec, pairs, captions=CAPTIONS):
 def test_pieces_of_words_are_counted():
     pieces, *_ = advice("bpe:256", 8)  # bytes: of all words but "a", whose blank is a piece, too
     assert pieces.startswith("100% of the labels are pieces") and "--tokenizer words:3 " in pieces
+    assert pieces.endswith("and 1 captions have none of them")  # the zebra
     assert not any("pieces" in line for line in advice("words:3", 8))
 
 
