@@ -50,10 +50,10 @@ def advise(tokenizer, captions: list[str], labels: list[list[int]], pairs: int) 
 def flags(pairs: int) -> tuple[int, int, float, int]:
     """Batch, images, peak rate for a width of 128, and warm-up steps for so many pairs.
 
-    A hundred passes at most, and ten at least; ten thousand steps, unless the batch would be below
-    64. The rate is three times that of the dial in docs/reproduce.md, as short runs want it.
+    Twenty passes at most, and ten at least; ten thousand steps, unless the batch would be below 64.
+    The rate is three times that of the dial in docs/reproduce.md, as short runs want it.
     """
-    samples = min(100 * pairs, max(3_000_000, 10 * pairs))
+    samples = min(20 * pairs, max(3_000_000, 10 * pairs))
     batch = max(64, 2 ** round(math.log2(samples / 10_000)))
     samples = math.ceil(samples / batch) * batch
     rate = 3 * 1e-3 * math.sqrt(batch / 16_384) * 768 / 128
