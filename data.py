@@ -13,7 +13,6 @@ reported.
 Letters in shapes:  B images,  S image size,  K tokens of a caption,  A attributes with classes.
 """
 
-import argparse
 import atexit
 import contextlib
 import ctypes
@@ -41,7 +40,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2 as transforms
 from tqdm import tqdm
 
-from plugins import TABLE, UnknownName, UserError, find, names
+from plugins import TABLE, UnknownName, UserError, find, names, number
 
 # ------------------------------------------------------------------------------------------------
 # Captions become label sets (section 3).
@@ -114,13 +113,10 @@ class BadSample(Exception):
 
 
 class Raw(NamedTuple):
-    """A sample as a source holds it. `targets` has one class per attribute.
-
-    The file of a Path is read when it is needed; a BadSample says why there is no caption.
-    """
+    """A sample as a source holds it. `targets` has one class per attribute."""
 
     image: Image.Image | bytes | Path | None
-    caption: str | bytes | Path | BadSample | None
+    caption: str | bytes | Path | BadSample | None  # a BadSample says why there is none
     targets: tuple[int, ...] = ()
     question: str | None = None  # what the caption answers, if it is an answer
     where: str = ""  # in which file of many samples, and which one there, for messages
@@ -153,10 +149,8 @@ def read_part(part, what: str):
             part = None if part.exists() and not part.is_file() else part.read_bytes()
     except (OSError, ValueError) as error:  # the latter for a name that no file can have
         raise BadSample(f"missing {what}", getattr(error, "strerror", error)) from None
-    if isinstance(part, BadSample):
-        raise part
-    if part is None:
-        raise BadSample(f"missing {what}")
+    if part is None or isinstance(part, BadSample):
+        raise part or BadSample(f"missing {what}")
     return part
 
 
@@ -487,9 +481,8 @@ class Prepare:
             reads = {name: self.encode(caption_tokens, texts[name]) for name in self.reads}
             return Sample(image, labels, raw.targets, reads)
         except BadSample as bad:
-            parts = raw.image, raw.caption
-            file = next((f"{part}" for part in parts if isinstance(part, Path)), "")
-            where = ": ".join(filter(None, (raw.where, file)))
+            files = (str(part) for part in (raw.image, raw.caption) if isinstance(part, Path))
+            where = ": ".join(filter(None, (raw.where, next(files, ""))))
             return BadSample(bad.kind, f"{where} {bad.detail}".strip())
 
     def encode(self, function: Callable, text: str | None) -> list[int]:
@@ -742,19 +735,6 @@ def one_sentence():
         return
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line below the progress bar
     sys.exit(2)
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable:
-    """The type of a flag that takes an int or a float from low to high."""
-
-    def numeric(text: str) -> float:  # argparse's message has this name: "invalid numeric value"
-        value = kind(text)
-        if not low <= value <= high:
-            allowed = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
-        return value
-
-    return numeric
 
 
 def add_data_flags(add: Callable):

@@ -9,8 +9,10 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 # flag -> what a file in this folder defines for it
@@ -128,6 +130,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(message)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable:
+    """The type of a flag that takes an int or a float from low to high."""
+
+    def numeric(text: str) -> float:  # argparse's message has this name: "invalid numeric value"
+        value = kind(text)
+        if not low <= value <= high:
+            allowed = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
+        return value
+
+    return numeric
 
 
 def names(flag: str) -> str:
