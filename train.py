@@ -81,9 +81,6 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     say = print if rank == 0 else lambda *_: None
     tokenizer = read_tokenizer(config.out / "tokenizer.tiktoken", vars(config))
     train_source, val_source = evaluation.open_sources(config)
-    found = evaluation.identity(train_source)
-    if config.source not in (found, str(train_source)):  # an older run has no hash of names
-        raise UserError(f"{config.data} has changed: it was {config.source}, now {found}")
     objective, B = evaluation.open_objective(config), config.batch_size
     micro_batch, accumulation = split_batch(config, objective, world)
     steps = math.ceil(config.samples / B)
@@ -99,7 +96,7 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
     progress = Progress(config, rank, world, device)
     state = {"model": model, "idf": idf, "optimizer": optimizer, "scaler": scaler}
     state["progress"] = progress
-    load(state, objective, config, say)
+    load(state, objective, config, train_source, say)
     start = progress.step
     if progress.total(start) != [start * world]:  # each process read the checkpoint by itself
         raise UserError(f"processes see different checkpoints: {config.out} must be shared storage")
@@ -128,14 +125,9 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
         save(state, config, rank, world)
     if progress.scores_are_due():
         evaluate(run, train_source, val_source, progress)
-
     model.train()
-    saved = time.monotonic()
     bar = tqdm(total=steps * B, initial=start * B, unit="img", unit_scale=True, disable=rank > 0)
-    with (
-        bar,
-        caught_signals() as caught,
-    ):  # closed whatever happens, so that messages have a line of their own
+    with bar, caught_signals() as caught:  # closed, so that messages have a line of their own
         for step in range(start, steps):
             lr = learning_rate(step, steps, config.warmup, config.lr)
             for group in optimizer.param_groups:
@@ -165,28 +157,26 @@ def train(config: argparse.Namespace, rank: int, world: int, device: torch.devic
 
             progress.add(loss, batch)
             bar.update(B)
-            # A signal may reach one process only, but all must stop after the same step.
-            # And clocks differ: the first process to be due lets all save.
-            stop, overdue = progress.total(len(caught), time.monotonic() - saved > SAVE_SECONDS)
+            # Signals and clocks are a process's own, but all must save or stop after the same step.
+            stop, late = progress.total(len(caught), time.monotonic() > progress.save_by)
             ending = stop > 0 or progress.step == steps
             score_due = progress.scores_are_due() and not ending
             log_due = progress.step % config.log_every == 0 or progress.step == steps
-            save_due = progress.step % config.save_every == 0 or overdue or score_due or ending
+            save_due = progress.step % config.save_every == 0 or late or score_due or ending
             if log_due or save_due:
-                progress.settle(norm, steps)
+                progress.settle(norm)
             if log_due:
                 bar.set_postfix_str(progress.log(lr, norm))
             if save_due:
                 save(state, config, rank, world)
-                saved = time.monotonic()
             if score_due:
                 evaluate(run, train_source, val_source, progress)
             if ending:
                 break
 
     if progress.step < steps:
-        again = f"python train.py --out {config.out} --resume"
-        say(f"stopped after step {progress.step} of {steps}; continue with: {again}")
+        again = f"continue with: python train.py --out {config.out} --resume"
+        say(f"stopped after step {progress.step} of {steps}; {again}")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
     evaluate(run, train_source, val_source, progress)
     if progress.skipped:
@@ -227,6 +217,7 @@ class Progress:
         self.step, self.losses, self.skipped, self.lanes = 0, [], Counter(), {}
         self.new_losses, self.new_bad, self.new_lanes = [], [], {}
         self.logged, self.since, self.waited = 0, None, 0.0  # since the last line of metrics.jsonl
+        self.save_by = time.monotonic() + SAVE_SECONDS
         self.steps, self.val_loss = math.ceil(config.samples / config.batch_size), None
 
     def state_dict(self) -> dict:
@@ -257,7 +248,7 @@ class Progress:
         self.new_bad += batch.bad
         self.new_lanes |= batch.lanes
 
-    def settle(self, norm: Tensor, steps: int):
+    def settle(self, norm: Tensor):
         """Merge what is new on all processes; stop if a loss is not finite or too much data bad."""
         new = torch.stack(self.new_losses).cpu(), self.new_bad, self.new_lanes
         everyone = [new] * self.world
@@ -278,7 +269,7 @@ class Progress:
             if not math.isfinite(value):
                 raise UserError(f"the {what} is {value}: lower --lr; the last checkpoint is intact")
         seen = self.step * self.config.batch_size
-        data.refuse_if_bad(seen, self.skipped, enough=1 if self.step == steps else 1000)
+        data.refuse_if_bad(seen, self.skipped, enough=1 if self.step == self.steps else 1000)
 
     def log(self, lr: float, norm: Tensor) -> str:
         """Write a line of metrics.jsonl; returns its main figures for the progress bar."""
@@ -311,8 +302,11 @@ class Progress:
         return list(map(int, numbers))
 
 
-def load(state: dict, objective: Objective, config: argparse.Namespace, say):
+def load(state: dict, objective: Objective, config: argparse.Namespace, source, say):
     """Restore all parts of a run from its checkpoint, or start from pretrained weights."""
+    found = evaluation.identity(source)
+    if config.source not in (found, str(source)):  # an older run has no hash of names
+        raise UserError(f"{config.data} has changed: it was {config.source}, now {found}")
     if not (config.out / "checkpoint.pt").exists():
         return load_pretrained(state["model"], objective, config, say)
     saved = evaluation.read_checkpoint(config)
@@ -340,6 +334,7 @@ def save(state: dict, config: argparse.Namespace, rank: int, world: int):
         saved["fingerprint"] = evaluation.fingerprint(config)
         evaluation.publish(state["model"].encoder.state_dict(), config.out / "encoder.pt")
         evaluation.publish(saved, config.out / "checkpoint.pt")
+    state["progress"].save_by = time.monotonic() + SAVE_SECONDS
     if world > 1:
         dist.barrier()  # no process may exit while rank 0 is still writing
 
@@ -377,9 +372,11 @@ def caught_signals() -> Iterator[list[int]]:
         signal.signal(signal_, signal.SIG_DFL)
 
     before = {signal_: signal.signal(signal_, catch) for signal_ in stops}
-    yield caught
-    for signal_, handler in before.items():
-        signal.signal(signal_, handler)
+    try:
+        yield caught
+    finally:
+        for signal_, handler in before.items():
+            signal.signal(signal_, handler)
 
 
 # ------------------------------------------------------------------------------------------------

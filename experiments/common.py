@@ -36,7 +36,8 @@ def train_all(runs: dict[Path, list[str]], jobs: int = 2):
     """
 
     def train(folder: Path):
-        command = ["--out", str(folder), "--resume", *runs[folder]]
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        command = ["--out", str(folder), *resume, *runs[folder]]
         parse(command)  # raises UserError for other flags
         if not is_done(folder):
             python("train.py", *command)

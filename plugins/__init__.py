@@ -124,8 +124,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = next((word.partition("=")[0] for word in unknown if word[0] == "-"), None)
             close = difflib.get_close_matches(flag or "", self._option_string_actions, 1)
+            many = f"'{unknown[0]}' is one word too many"
             meant = f"did you mean {close[0]}?" if close else "--help lists all"
-            raise UserError(f"unknown flag {flag}: {meant}" if flag else f"'{unknown[0]}' too many")
+            raise UserError(f"unknown flag {flag}: {meant}" if flag else many)
         return parsed, unknown
 
     def error(self, message: str):

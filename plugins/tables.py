@@ -81,7 +81,7 @@ def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
     steps = math.ceil(config.samples / config.batch_size)
     if not metrics or metrics[-1]["step"] < steps:
         raise UserError(f"{folder} is not finished: continue it with --out {folder} --resume")
-    metrics = [line for line in metrics if "loss" in line]  # others are of held-out data
+    metrics = [line for line in metrics if "val_loss" not in line]
     rows, scores = [row for row in own_rows(folder) if row["step"] == steps], {}
     several = len({row["attribute"] for row in rows if "attribute" in row}) > 1
     for row in rows:

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 import train
+from eval import read_jsonl
 from tests.conftest import make_shards, run_python, train_flags
 from tests.die import launch
 from tests.test_train import assert_same, metrics, refused, state
@@ -77,15 +78,20 @@ def test_lanes_are_the_readers_of_the_first_start(capsys, whole, tmp_path):
 
 @pytest.mark.parametrize("objective", ["clip", "siglip", "superclip", "two_way", "cap"])
 def test_four_images_here_and_four_there_are_eight_in_one_place(pairs, tmp_path, objective, device):
-    """Most of these compare all images of a batch with one another."""
+    """Most of these compare all images of a batch; the first process also evaluates alone."""
     flags = ["--loss" if objective == "two_way" else "--objective", objective]
-    flags += ["--samples", "48", "--workers", "0"]
+    flags += ["--samples", "48", "--workers", "0", "--eval-every", "4", "--val-data", str(pairs)]
     ended = launch(train_flags(pairs, tmp_path / "two", *flags), world=2)
     assert ended.codes == [0, 0], ended.said
     train.main(train_flags(pairs, tmp_path / "one", *flags))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=0, abs=1e-5)
     norms = [losses(tmp_path / name, "grad_norm") for name in ("one", "two")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    found = []
+    for name in ("one", "two"):
+        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
+        found.append({line["step"]: line["val_loss"] for line in lines if "val_loss" in line})
+    assert list(found[0]) == [0, 4, 6] and found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------

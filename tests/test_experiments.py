@@ -79,10 +79,10 @@ def test_runs_are_trained_unless_they_are_at_their_end_and_scored(tmp_path, monk
     monkeypatch.setattr(common, "python", train_once)
     for _ in range(2):
         common.train_all({run: flags})
-        assert trained == [("train.py", "--out", str(run), "--resume", *flags)]
+        assert trained == [("train.py", "--out", str(run), *flags)]
     (run / "eval.jsonl").unlink()  # it was stopped while it evaluated
     common.train_all({run: flags})
-    assert len(trained) == 2
+    assert trained[1:] == [("train.py", "--out", str(run), "--resume", *flags)]
     with pytest.raises(SystemExit, match="was started with --seed 0, it cannot go on with 3"):
         common.train_all({run: [*flags, "--seed", "3"]})
 

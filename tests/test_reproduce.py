@@ -136,7 +136,7 @@ def test_a_plan_finds_mistakes_and_too_little_memory(cc3m, capsys, tmp_path, mon
 
     monkeypatch.setattr(train, "normalize", full)
     error = refused(capsys, *flags, main=evaluation.main)
-    assert "memory is too small for a step: lower --micro-batch (now 8)" in error
+    assert "memory ran out (tried to allocate 80 GiB): train with a smaller --micro-batch" in error
     assert list(tmp_path.iterdir()) == []
 
 
