@@ -1,9 +1,9 @@
 """Evaluation: a run is read back, and its frozen encoder measured.
 
-    python eval.py zeroshot|probe|fewshot|retrieval RUN [--data SPEC] [--val-data SPEC]
+    python eval.py zeroshot|probe|fewshot|retrieval|loss RUN [--data SPEC] [--val-data SPEC]
     python eval.py predict|words|search|curves|table|caption|plan ...
 
-Zero-shot from the head stands here, all else on the shelf. Each of the first four prints a table,
+Zero-shot from the head stands here, all else on the shelf. Each of the first five prints a table,
 with one row for each attribute that the source has classes for, and appends the rows to
 RUN/eval.jsonl, unless the run is a copy without an optimizer. In Python:
 
@@ -44,7 +44,7 @@ from superclass import IDF, Objective
 #   tokenizer.tiktoken  the tokenizer's vocabulary
 #   checkpoint.pt       everything that training needs to continue exactly
 #   encoder.pt          the encoder alone, with timm's names
-#   metrics.jsonl       one line every --log-every steps
+#   metrics.jsonl       one line every --log-every steps, and one for each loss on held-out data
 #   eval.jsonl          one line for each score
 
 # What may change when a run is resumed; all other flags belong to the run.

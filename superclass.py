@@ -300,8 +300,7 @@ class Objective:
     classify(run, features, texts), optional: scores of classes, if not those of the words.
     """
 
-    reads, prompts = (), ("{}",)
-    tasks = ("retrieval", "zeroshot", "probe", "fewshot")
+    reads, tasks, prompts = (), ("retrieval", "zeroshot", "probe", "fewshot"), ("{}",)
     whole_batch, weighted, captions, has_words = False, True, True, True
     token_loss = staticmethod(superclass_loss)  # or what --loss names
 

@@ -374,11 +374,15 @@ def test_curves_of_runs(run, tmp_path, capsys):
     (tmp_path / "b").mkdir()
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / "b" / name).write_text((run / name).read_text())
+    held_out = {"step": 2, "samples": 16, "val_loss": 2.5}
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(held_out) + "\n")
     rows = [{"step": 2, "task": "caption", "images": 3, "cider": 4.5, "exact": 0.25}]
     rows.append({"step": 2, "task": "zeroshot", "top1": 0.9, "flags": {"data": "other"}})
     (tmp_path / "b" / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     panels = ask("curves", run, tmp_path / "b")
-    assert [*panels["loss"]] == [str(run), str(tmp_path / "b")]
+    assert [*panels["loss"]] == [str(run), str(tmp_path / "b"), f"{tmp_path / 'b'}, held out"]
+    assert panels["loss"][f"{tmp_path / 'b'}, held out"] == [(16, 2.5)]
     assert panels["loss"][str(run)] == [(8, 3), (16, 1.5)]
     assert panels["zeroshot class"] == {str(run): [(16, 0.5)]}
     assert panels["caption cider"] == {str(tmp_path / "b"): [(16, 4.5)]}
