@@ -451,13 +451,20 @@ def search(run: Run, source, texts: list[str]) -> tuple[Tensor, list]:
     return torch.cat(scores), places
 
 
-def by_counts(run: Run, texts: list[str]) -> Tensor:
-    """The scores [Q] that texts would have if a model knew how often each token is a target.
+NO_MATCH = 0.1  # in a trial, nine in ten right hits had more; of words not shown, a fifth had
 
-    A head that is right about frequencies has these on average over the images of training.
+
+def if_shown(run: Run, texts: list[str]) -> Tensor:
+    """The scores [Q] that texts would have for an image whose caption certainly has their tokens.
+
+    A softmax shares a probability of one among a caption's tokens, in training by their weights:
+    token c of a typical caption gets w_c over the mean sum of weights. A sigmoid gives it one.
     """
-    mass = run.idf.df.float() * run.idf.weights()  # [V]
-    log_p = (mass / mass.sum()).log().nan_to_num(neginf=0.0)  # such tokens have no weight
+    V, device = len(run.idf.df), run.idf.df.device
+    at_rest = run.objective.log_probabilities(torch.zeros(1, V, device=device)).exp()
+    w = torch.ones(V, device=device) if vars(run.config).get("no_idf") else run.idf.weights()
+    share = w * run.idf.n / (w @ run.idf.df.float()) if at_rest.sum() < 1.5 else torch.ones_like(w)
+    log_p = share.clamp(1e-30, 1).log()
     return torch.stack([word_weights(run, text) @ log_p for text in texts]).cpu()
 
 
@@ -471,7 +478,7 @@ def show_search(argv: list[str]) -> list:
     run, rows = load(args), []
     source = run_source(run, args.data)
     scores, places = search(run, source, args.text)
-    lifts = (scores - by_counts(run, args.text)).exp()  # [B, Q]
+    matches = (scores - if_shown(run, args.text)).exp()  # [B, Q]
     best = scores.topk(min(args.number, len(scores)), dim=0).indices  # [number, Q]
     if hasattr(source, "read"):  # read a shard with several hits only once
         source.read = functools.lru_cache(maxsize=1)(source.read)
@@ -479,22 +486,18 @@ def show_search(argv: list[str]) -> list:
     samples, _ = gather(hits, Prepare(CenterCrop(TILE)))  # reports files that are gone by now
     shown = {place: (raw, pixels(picture)) for place, raw, picture in samples}
     for q, text in enumerate(args.text):
-        cells, most = [], lifts[:, q].max().item()
+        cells, most = [], matches[:, q].max().item()
         print(f"{text}:")
-        if most <= 1:
-            print(
-                f"  nothing matches: the best of {len(scores):,} has {most:.2f}x the words' share"
-            )
-            continue
+        if most < NO_MATCH:
+            said = f"the best of {len(scores):,} has {most:.3f}, less than {NO_MATCH}"
+            print(f"  probably nothing matches: {said} (docs/pretrained.md)")
         for i in (i for i in best[:, q].tolist() if places[i] in shown):
             raw, picture = shown[places[i]]
             score, file = f"{scores[i, q].exp():.1%}", place_of(source, places[i], raw)
             caption = "" if (caption := name_of(raw)) == Path(file).name else caption
             cells.append((picture, [(f"{score}  {caption or file}", INK)]))
-            print(f"  {score} {lifts[i, q]:.1f}x  {file}  {caption}".rstrip())
+            print(f"  {score}  {matches[i, q]:.2f}  {file}  {caption}".rstrip())
         rows += [(f'"{text}"', cells)] if cells else []
-    if not rows:
-        return rows
     title = f"{args.run.resolve().name}: the best of {len(scores):,} images for a text"
     about = "percentage: mean probability of the text's tokens; then the image's caption or file"
     sheet(title, about, rows, 6, args.out)

@@ -21,7 +21,7 @@ import data
 import eval as evaluation
 from data import BadSample, CenterCrop, Prepare, Source, UserError, normalize, number
 from eval import Run
-from plugins.labels import plain_label
+from plugins.labels import number_classes, plain_label
 from plugins.pictures import open_named, place_of, top_words
 
 
@@ -81,8 +81,9 @@ def answer(run: Run, features: Tensor, classes: list | None, top: int) -> list[l
     """The best classes of each image, or its words if there are no classes, as (name, p)."""
     if classes is None:
         with torch.no_grad():
-            logits = run.model.head(run.model.norm(features.to(run.idf.df.device))).float()
-        return [[(w.text, w.probability) for w in top_words(run, x, top)] for x in logits]
+            norm, head, device = run.model.norm, run.model.head, run.idf.df.device
+            found = [top_words(run, head(norm(x.to(device))).float(), top) for x in features]
+        return [[(word.text, word.probability) for word in words] for words in found]
     best = probabilities(run, features, classes).topk(min(top, len(classes)), dim=1)
     numbers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [[(classes[c][0], p) for c, p in zip(*row, strict=True)] for row in numbers]
@@ -172,6 +173,7 @@ def main(argv: list[str]) -> list[dict]:
     file = args.classes if (args.classes or "").endswith(".txt") else None
     if file:
         asked = {"class": data.read_class_names(file)}
+        number_classes(asked["class"])  # raises if two have one name
     elif args.classes is not None:
         asked = {"class": [[name.strip()] for name in args.classes.split(",")]}
         if len({name for (name,) in asked["class"]} - {""}) < len(asked["class"]):
@@ -182,6 +184,8 @@ def main(argv: list[str]) -> list[dict]:
         raise UserError(f"{args.run} has no classes and no head over words: give it --classes")
     sources = open_named(args.source, run.config.data_root, file)
     features, good, bad = read(run, sources)
+    if not good and not bad:
+        raise UserError(f"there is no image in {', '.join(args.source)}")
     rows, tables = [], []
     for title, classes in asked.items() if good else ():
         labels = labels_of(good, classes or [])
@@ -199,8 +203,8 @@ def main(argv: list[str]) -> list[dict]:
     for title, names, pairs in tables:
         known = [pair for pair in pairs if pair[0] in names]
         if len(known) < len(pairs):
-            others = f"{len(pairs) - len(known)} images have labels that are none of the classes"
-            print(others, file=sys.stderr)
+            others = data.describe(Counter(label for label, _ in pairs if label not in names))
+            print(f"images with labels that are none of the classes: {others}", file=sys.stderr)
         if known:
             account(title, names, Counter(known), sys.stderr if args.json or args.csv else None)
     if bad:

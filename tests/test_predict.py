@@ -60,7 +60,7 @@ def test_each_image_has_an_answer_and_each_class_its_share_of_right_ones(run, fo
         ["all", "5", "0.800"],
         ["most", "often", "confused", "blue", "and", "red", "1"],
     ]
-    assert "1 images have labels that are none of the classes" in err
+    assert "images with labels that are none of the classes: 1 x grey" in err
 
 
 def test_scripts_get_every_image_the_bad_ones_with_a_reason(run, folders, capsys, tmp_path):
