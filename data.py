@@ -714,6 +714,10 @@ def one_sentence():
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as after SIGPIPE
     except KeyboardInterrupt:
         forget_loaders()
         tqdm.write("interrupted", file=sys.stderr)

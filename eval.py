@@ -519,9 +519,8 @@ def measure_command(argv: list[str] | None):
     try:
         train, val = open_sources(run.config, bool(fitted(args.task)), **given)
     except UserError as error:
-        if any(given.values()):
-            raise
-        raise UserError(f"{error} (the run's own data; --data names other data)") from None
+        own = "" if any(given.values()) else " (the run's own data; --data names other data)"
+        raise UserError(f"{error}{own}") from None
     if val is None:
         raise UserError("there is no validation data: name some with --val-data")
     own = {"prompts": args.prompts, "limit": args.limit}

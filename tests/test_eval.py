@@ -192,6 +192,19 @@ def test_a_stop_by_the_keyboard_is_one_line(run, capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_a_reader_that_has_enough_is_no_fault(monkeypatch, capsys):
+    def stop(*_):
+        raise BrokenPipeError
+
+    closed = []
+    monkeypatch.setattr(evaluation, "measure_command", stop)
+    monkeypatch.setattr("os.dup2", lambda null, out: closed.append(out))
+    monkeypatch.setattr("sys.stdout.fileno", lambda: 99)
+    with pytest.raises(SystemExit, match="141"):
+        evaluation.main(["zeroshot"])
+    assert closed == [99] and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_built_in_data_is_evaluated_on_its_other_split(trains):
     config = Namespace(data="shapes", val_data=None, data_root="", class_names=None)
