@@ -92,8 +92,10 @@ def measure(folder: Path, held_out_only: bool = False) -> dict:
         return max(scores), choices[scores.index(max(scores))]
 
     own_way = "likelihood" if objective == "cap" else "zeroshot"  # the former takes long
-    found = dict(zip(("held out", "prompts"), choose_prompts(own_way), strict=True))
-    if not held_out_only:
+    if held_out_only:
+        found = dict(zip(("held out", "prompts"), choose_prompts(own_way), strict=True))
+    else:
+        found = measure(folder, held_out_only=True)
         found["zero-shot"] = score(own_way, prompts=found["prompts"])
         if objective == "superclip":  # it has both towers and a head
             found["head"] = score("head", prompts=choose_prompts("head")[1])
