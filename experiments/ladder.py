@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from common import append_jsonl, cell, finished, print_table, read_jsonl, train_all
-from compare import FLAGS, PLACE, measure
+from compare import FLAGS, ICONS, PLACE, measure
 from compare import SCORES as ON_TEST
 
 from eval import publish
@@ -29,6 +29,13 @@ KEPT = Path("experiments/ladder.jsonl")
 SCORES = ("held_out", "zero_shot", "probe", "cpu_minutes", "minutes")
 RUNG = r"(?:(\w+)-)?(adamw|muon)-(\d+)-([\d.]+e-\d)((?:-\w+)*)"
 MORE = {"crop1": "--min-scale 1", "XXS": "--model XXS/8", "V4096": "--tokenizer bpe:4096"}
+MORE |= {name: f"--tokenizer {PLACE}/{name}.json" for name in ("wordpiece", "unigram")}
+MORE |= {"third": f"--data {ICONS}/train-{{00000..00015}}.tar"}  # of 48 shards
+MORE |= {"tenth": f"--data {ICONS}/train-{{00000..00004}}.tar"}
+MORE |= {"labelled": f"--data {ICONS}/labelled-*.tar"}
+for first in ("muon-128-4e-3-crop1", "clip-muon-128-4e-3-crop1"):  # runs of the same seed
+    start = f"{MORE['labelled']} --init {PLACE}/ladder-{first}-51200-SEED"
+    MORE["after_clip" if "clip" in first else "after_superclass"] = start
 
 
 def flags_of(rung: str) -> str:
@@ -44,7 +51,7 @@ def flags_of(rung: str) -> str:
 
 def run_of(rung: str, images: int, seed: int) -> tuple[Path, list[str]]:
     """The folder and the command line of a run."""
-    flags = flags_of(rung).split()
+    flags = flags_of(rung).replace("SEED", str(seed)).split()
     warmup = images // int(flags[flags.index("--batch-size") + 1]) // 10
     flags += ["--samples", str(images), "--warmup", str(warmup), "--seed", str(seed)]
     return PLACE / f"ladder-{rung}-{images}-{seed}", [*FLAGS, *flags]

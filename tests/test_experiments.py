@@ -12,6 +12,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import common
 import compare
 import figures
+import ladder
+import rivals
 
 PEAK = {"superclass": 6, "clip": 0, "lit": 3}  # the place in RATES of each row's best
 
@@ -115,3 +117,47 @@ def test_rates_follow_the_batch_and_the_width(batch, model, lr, warmup):
     assert (config["batch_size"], config["model"], config["seed"]) == (batch, model, 3)
     own = compare.run_of("clip", rates, 25600, 3)[0]  # nothing differs: one run, not two
     assert figures.run_of("clip", rates, 25600, 3)[0] == own != folder
+
+
+def test_rivals_train_at_their_best_rate_and_superclass_for_clips_time(
+    tmp_path, capsys, monkeypatch
+):
+    """Half a killed command's lines are there already; CLIP is three times as slow."""
+    trained = []
+
+    def score(rung, images, seed, test):
+        line = {"name": rung, "images": images, "seed": seed, "held_out": 0.1}
+        if rung in ("muon-128-4e-3-crop1", "clip-muon-128-2e-3-crop1"):
+            line["held_out"] = 0.2
+        if not test:
+            return line
+        return line | {"cpu_minutes": 3 if "clip" in rung else 1, "zero_shot": 0.5}
+
+    monkeypatch.setattr(ladder, "KEPT", tmp_path / "ladder.jsonl")
+    monkeypatch.setattr(ladder, "score", score)
+    monkeypatch.setattr(ladder, "train", lambda *run: trained.append(run))
+    ladder.append_jsonl(ladder.KEPT, [score("muon-128-4e-3-crop1", 1280, 1, True)])
+    argv = "rivals.py --images 1280 --seeds 1 2 --rivals superclass clip --rates 4e-3 2e-3"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    rivals.main()
+    clip = "clip-muon-128-2e-3-crop1"
+    assert trained == [
+        ("clip-muon-128-4e-3-crop1", 1280, 1),
+        ("muon-128-2e-3-crop1", 1280, 1),
+        (clip, 1280, 1),
+        (clip, 1280, 1),  # this time for the test: `train` finds it done
+        ("muon-128-4e-3-crop1", 1280, 2),
+        (clip, 1280, 2),
+        ("muon-128-4e-3-crop1", 3840, 1),
+        ("muon-128-4e-3-crop1", 3840, 2),
+    ]
+    row = "| superclass in clip's time | 4e-3 | 3,840 | 2 | 0.200 ± 0.000 | 0.500 ± 0.000 |"
+    assert row in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", ladder.MORE)
+def test_every_rung_is_understood(more):
+    _, flags = ladder.run_of(f"supervised-adamw-64-1e-3-{more}", 12800, 7)
+    config = train.make_parser().parse_args(flags)
+    assert (config.objective, config.batch_size, config.warmup) == ("supervised", 64, 20)
+    assert not more.startswith("after") or config.init.endswith("-51200-7")
