@@ -79,6 +79,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
         model, step = model.to(device).eval(), state["progress"]["step"]
         parts = objective, tokenizer, model, idf.to(device), step
         return Run(folder, config, *parts, is_copy="optimizer" not in state)
+    except UserError:  # a package is missing
+        raise
     except Exception as error:  # files that were changed can contradict each other anywhere
         reason = f"its files do not fit together ({error!r:.300})"
         raise UserError(f"{folder} is damaged: {reason}") from None
@@ -157,10 +159,8 @@ def fingerprint(config: argparse.Namespace) -> str:
 
 def identity(source) -> str:
     """What a run trains on: the size of a source, and a hash of its names in their order."""
-    digest = hashlib.sha256()
-    for row in source.rows:
-        digest.update(ascii(row).encode())
-    return f"{source}, names {digest.hexdigest()[:12]}" if source.rows else str(source)
+    digest = hashlib.sha256("\n".join(map(ascii, source.rows)).encode()).hexdigest()
+    return f"{source}, names {digest[:12]}" if source.rows else str(source)
 
 
 def read_checkpoint(config: argparse.Namespace) -> dict:

@@ -199,13 +199,18 @@ def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> 
 
 def places(x: Tensor) -> Tensor:
     """The rows of the global batch [b] that this process has."""
-    first = dist.get_rank() * len(x) if dist.is_initialized() else 0
+    first = dist.get_rank() * len(x) if share_batches() else 0
     return torch.arange(first, first + len(x), device=x.device)
+
+
+def share_batches() -> bool:
+    """Whether each process has a part of a batch: not in an evaluation, which one makes alone."""
+    return dist.is_initialized() and torch.is_grad_enabled()
 
 
 def gather(x: Tensor) -> Tensor:
     """The x of all processes, [W, ...]; gradients flow back to each of them."""
-    if not dist.is_initialized():
+    if not share_batches():
         return x[None]
     return torch.stack(torch.distributed.nn.all_gather(x.contiguous()))
 

@@ -7,10 +7,8 @@ A loss that compares the images of a batch is measured in batches of the run's s
 """
 
 import sys
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 
 import eval as evaluation
 from data import UserError, normalize
@@ -28,13 +26,14 @@ def suits(run: Run, val) -> bool:
     return list(val.attributes.values()) == list(run.config.classes.values())
 
 
+@torch.no_grad()  # without gradients, no loss waits for other processes
 def measure(run: Run, val, options: dict) -> list[dict]:
     """The row of `loss`: the mean over the images, in float32, with training's weights of tokens.
 
     Before any caption was counted all tokens weigh the same.
     """
     if not suits(run, val):
-        raise UserError(f"{val} has not what --objective {run.config.objective} learns from")
+        raise UserError(f"{val} lack what --objective {run.config.objective} learns from")
     whole, B = run.objective.whole_batch, min(run.config.batch_size, 1024)
     weights = run.idf.weights()
     if run.config.no_idf or run.idf.n == 0:
@@ -44,10 +43,8 @@ def measure(run: Run, val, options: dict) -> list[dict]:
     reads = run.objective.reads if run.objective.captions else None
     total = images = 0
     for batch in evaluation.good_batches(run, val, size, limit, options["workers"], reads):
-        # A loss over several processes would wait for the others; only this one evaluates.
-        with mock.patch.object(dist, "is_initialized", lambda: False), torch.no_grad():
-            outputs = run.model(normalize(batch.images), **batch.reads)
-            total += run.objective.loss(outputs, batch, weights).item() * len(batch.images)
+        outputs = run.model(normalize(batch.images), **batch.reads)
+        total += run.objective.loss(outputs, batch, weights).item() * len(batch.images)
         images += len(batch.images)
     row = {"task": "loss", "images": images, "val_loss": total / images}
     return [row | ({"batch": B} if whole else {})]
@@ -61,13 +58,10 @@ def own_scores(run: Run, train, val, is_end: bool) -> list[list[dict]]:
     """
 
     def is_due(task: str) -> bool:
-        fits, ask = (
-            evaluation.fitted(task),
-            None if task in OWN_WAYS else find("task", task, "suits"),
-        )
-        return (not ask or ask(run, val)) and (
-            not fits or (is_end and train.attributes == val.attributes)
-        )
+        if evaluation.fitted(task):
+            return is_end and train.attributes == val.attributes
+        ask = None if task in OWN_WAYS else find("task", task, "suits")
+        return not ask or ask(run, val)
 
     tasks = [task for task in ("loss", *run.objective.tasks) if is_due(task)]
     of_classes = [task for task in tasks if task in OWN_WAYS or evaluation.fitted(task)]

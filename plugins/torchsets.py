@@ -145,7 +145,8 @@ def coco(arg: str, split: str, root: str, class_names: list | None) -> Files:
             f"and {path.name} into {path.parent}, or name another folder with --data-root"
         ) from None
     captioned = {file for file, _ in rows}
-    rows += [(file, None) for file in files.values() if file not in captioned]
+    without = BadSample("missing caption", f"not in {path.name}")
+    rows += [(file, without) for file in files.values() if file not in captioned]
     lost = BadSample("unreadable row", "an annotation without an image")
     rows = [(*row, None, None) if row[0] else lost for row in rows]
     source = Files(rows, None, Counter())
