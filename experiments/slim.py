@@ -2,17 +2,20 @@
 
     python experiments/slim.py runs/icons runs/slim
 
-The copy cannot be resumed, because the optimizer's state is left out; a quarter remains.
+The copy cannot be resumed, because the optimizer's state is left out; a quarter remains. Paths in
+its config.json are as seen from where this is run.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 from common import finished
 
 from data import UserError
-from eval import publish, read_checkpoint, read_weights
+from eval import fingerprint, publish, read_checkpoint, read_weights
+from plugins import PATHS
 
 
 def main():
@@ -27,13 +30,22 @@ def main():
         state = read_checkpoint(config)
     except UserError as error:
         parser.error(str(error))
-    kept = {key: state[key] for key in ("idf", "progress", "fingerprint")}
+    flags = portable({key: value for key, value in vars(config).items() if key != "out"})
+    kept = {"idf": state["idf"], "progress": state["progress"]}
+    kept["fingerprint"] = fingerprint(argparse.Namespace(**flags, out=args.run))
     args.out.mkdir(parents=True)
+    publish(json.dumps(flags, indent=2) + "\n", args.out / "config.json")
     publish(kept | {"model": halved(state["model"])}, args.out / "checkpoint.pt")
     publish(halved(read_weights(args.run / "encoder.pt")), args.out / "encoder.pt")
-    for name in ("config.json", "tokenizer.tiktoken", "metrics.jsonl", "eval.jsonl"):
+    for name in ("tokenizer.tiktoken", "metrics.jsonl", "eval.jsonl"):
         if (args.run / name).exists():  # a run without --val-data has no scores
             shutil.copy(args.run / name, args.out / name)
+
+
+def portable(flags: dict) -> dict:
+    """A run's flags with paths that start where this is run, so that no machine's go with it."""
+    here = f"{Path.cwd()}/"
+    return flags | {key: flags[key].replace(here, "") for key in PATHS if flags.get(key)}
 
 
 def halved(weights: dict) -> dict:

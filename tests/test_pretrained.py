@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +46,10 @@ def test_a_slimmed_run_evaluates_but_does_not_resume(tmp_path, capsys, monkeypat
     train.main(train_flags(make_shards(tmp_path / "data"), run, "--samples", "16"))
     monkeypatch.syspath_prepend(ROOT / "experiments")
     monkeypatch.setattr(sys, "argv", ["slim.py", str(run), str(out)])
-    importlib.import_module("slim").main()
+    script = importlib.import_module("slim")
+    script.main()
+    given = {"data": f"{Path.cwd()}/a.tar::{Path.cwd()}/b.tar", "val_data": None, "loss": "softmax"}
+    assert script.portable(given) == given | {"data": "a.tar::b.tar"}
     whole, slim = (load_run(folder, torch.device("cpu")) for folder in (run, out))
     for a, b in zip(whole.model.parameters(), slim.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
