@@ -7,6 +7,8 @@ captions of data/plain that `--tokenizer bpe:2048` learns from; written to runs/
 and unigram.json, which rungs of ladder.py read: muon-128-4e-3-crop1-wordpiece.
 """
 
+import argparse
+
 from compare import ICONS, PLACE
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -16,6 +18,7 @@ V = 2048
 
 
 def main():
+    argparse.ArgumentParser(description="Learn the vocabularies of Table 5.").parse_args()
     captions = list(load_source(f"{ICONS}/train-*.tar").captions(50_000))
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
