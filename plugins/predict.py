@@ -152,8 +152,8 @@ def write(rows: list[dict], args: argparse.Namespace):
             print(f"{row['image']}: no answer, {row['error']}")
         else:
             said = ", ".join(f"{name} {p:.1%}" for name, p in row["answers"])
-            label = row.get("label", row["answers"][0][0])
-            print(f"{row['image']}: {said}" + f"  WRONG: {label}" * (label != row["answers"][0][0]))
+            wrong = "" if row.get("right", True) else f"  WRONG: {row['label']}"
+            print(f"{row['image']}: {said}{wrong}")
 
 
 def main(argv: list[str]) -> list[dict]:
@@ -189,16 +189,16 @@ def main(argv: list[str]) -> list[dict]:
     rows, tables = [], []
     for title, classes in asked.items() if good else ():
         labels = labels_of(good, classes or [])
+        names, pairs = [name for name, *_ in classes or ()], []
         found = zip(good, labels, answer(run, features, classes, args.top), strict=True)
-        own = [
-            {"image": name, "attribute": title, "answers": answers}
-            | ({"label": label} if label else {})
-            for (name, *_), label, answers in found
-        ]
-        names, rows = [name for name, *_ in classes or ()], rows + own
-        tables.append(
-            (title, names, [(r["label"], r["answers"][0][0]) for r in own if "label" in r])
-        )
+        for (name, *_), label, answers in found:
+            rows.append({"image": name, "attribute": title, "answers": answers})
+            if label:
+                rows[-1]["label"] = label
+                pairs.append((label, answers[0][0]))
+            if label in names:  # a label that is none of the classes is neither right nor wrong
+                rows[-1]["right"] = label == answers[0][0]
+        tables.append((title, names, pairs))
     write(rows + [{"image": name, "error": str(why)} for name, why in bad], args)
     for title, names, pairs in tables:
         known = [pair for pair in pairs if pair[0] in names]
