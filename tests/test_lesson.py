@@ -3,13 +3,15 @@
 import ast
 import builtins
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-import train
 from tests.conftest import ROOT
 
 STEPS = 20  # of the lesson's page; the committed outputs have 600
@@ -36,19 +38,29 @@ def errors(cell: nbformat.NotebookNode) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def executed() -> dict[str, nbformat.NotebookNode]:
-    """Each notebook after all its cells have run, whether or not they failed."""
+def executed(tmp_path_factory) -> dict[str, nbformat.NotebookNode | Path]:
+    """Each notebook after all its cells have run, whether or not they failed; train.py's run."""
+    run = tmp_path_factory.mktemp("lesson") / "run"
 
     def execute(name: str) -> nbformat.NotebookNode:
         place = {"metadata": {"path": str(PATHS[name].parent)}}
         options = {"timeout": 300, "allow_errors": True, "resources": place}
         return NotebookClient(read(name), **options).execute()
 
+    def train_as_the_page() -> Path:
+        flags = ["--samples", str(STEPS * 128), "--log-every", "1", "--precision", "fp32"]
+        flags += ["--workers", "0", "--device", "cpu", "--out", str(run)]
+        program = f"import train; train.evaluate = lambda *_: None; train.main({flags})"
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+        return run
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LESSON_STEPS", str(STEPS))
         patch.setenv("OMP_NUM_THREADS", "1")
-        with ThreadPoolExecutor(len(NAMES)) as pool:
-            return dict(zip(NAMES, pool.map(execute, NAMES), strict=True))
+        with ThreadPoolExecutor(2) as pool:  # the lesson takes as long as all others together
+            tasks = {name: pool.submit(execute, name) for name in NAMES}
+            tasks["run"] = pool.submit(train_as_the_page)
+            return {name: task.result() for name, task in tasks.items()}
 
 
 @pytest.mark.parametrize("name", ["lesson", "answers"])
@@ -89,11 +101,8 @@ def first_losses(notebook: nbformat.NotebookNode) -> list[float]:
     return [float(word) for word in text.splitlines()[0].split()[2:]]
 
 
-def test_the_page_trains_as_train_py_does(executed, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *_: None)
-    flags = ["--samples", str(STEPS * 128), "--log-every", "1", "--precision", "fp32"]
-    train.main([*flags, "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+def test_the_page_trains_as_train_py_does(executed):
+    lines = (executed["run"] / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == STEPS
     assert first_losses(executed["lesson"]) == pytest.approx(losses, abs=1e-4)
