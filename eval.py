@@ -461,18 +461,20 @@ def measure(tasks: list[str], run: Run, train, val, **options) -> list[dict]:
 
 
 def report(rows: list[dict], run: Run) -> str:
-    """Append the rows to eval.jsonl, unless the run is a copy, and return them as a table."""
+    """Append rows to eval.jsonl, all or none, unless the run is a copy; returns them as tables."""
     stamped = [{"step": run.step, **row, "time": round(time.time())} for row in rows]
     if run.is_copy:
         print(f"{run.folder} is a copy without an optimizer: it keeps no new row", file=sys.stderr)
     else:
         append_jsonl(run.folder / "eval.jsonl", stamped)
-    if "attribute" not in rows[0]:  # retrieval, captions
-        (row,) = rows
-        scores = (f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
-        return "  ".join([f"{row['task']:<9} {row['images']:>7} images", *scores])
-    lines = [f"{'task':<15} {'attribute':<10} {'classes':>7} {'images':>7} {'top-1':>7}"]
+    head = f"{'task':<15} {'attribute':<10} {'classes':>7} {'images':>7} {'top-1':>7}"
+    lines = []
     for row in rows:
+        if "attribute" not in row:  # loss, retrieval, captions
+            scores = (f"{key} {value:.3f}" for key, value in row.items() if type(value) is float)
+            lines.append("  ".join([f"{row['task']:<9} {row['images']:>7} images", *scores]))
+            continue
+        lines += [head] if head not in lines else []
         line = f"{task_name(row):<15} {row['attribute']:<10} {row['classes']:>7} {row['images']:>7}"
         spread = f" ± {row['deviation']:.3f}" if "deviation" in row else ""
         lines.append(f"{line} {row['top1']:>7.3f}{spread}")

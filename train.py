@@ -289,10 +289,9 @@ class Progress:
 
     def scores_are_due(self) -> bool:
         """Whether to evaluate at this step, if it is not the last one."""
-        every = self.config.eval_every
-        return (
-            bool(every and self.step % every == 0) if self.step else not self.config.no_first_eval
-        )
+        if self.step == 0:
+            return not self.config.no_first_eval
+        return bool(self.config.eval_every) and self.step % self.config.eval_every == 0
 
     def total(self, *numbers: int) -> list[int]:
         """The sum of each number over all processes."""
@@ -346,14 +345,16 @@ def evaluate(run: evaluation.Run, train_source, val_source, progress: Progress):
     if progress.rank or scored or not val_source:
         return
     own_scores = find("task", "loss", "own_scores")
-    found = own_scores(run, train_source, val_source, run.step in (0, progress.steps))
-    if losses := [row["val_loss"] for rows in found for row in rows if "val_loss" in row]:
+    rows = own_scores(run, train_source, val_source, run.step in (0, progress.steps))
+    if losses := [row["val_loss"] for row in rows if "val_loss" in row]:
+        (progress.val_loss,) = losses
         line = {"step": run.step, "samples": run.step * run.config.batch_size}
-        evaluation.append_jsonl(run.folder / "metrics.jsonl", [line | {"val_loss": losses[0]}])
-        progress.val_loss = losses[0]
-    if found:
-        tables = [f"after {run.step:,} steps", *(evaluation.report(rows, run) for rows in found)]
-        tqdm.write("\n".join(tables), file=sys.stdout)
+        line["val_loss"], path = progress.val_loss, run.folder / "metrics.jsonl"
+        if line not in evaluation.read_jsonl(path):  # a run that was killed here scores again
+            evaluation.append_jsonl(path, [line])
+    if rows:
+        said = f"after {run.step:,} steps\n{evaluation.report(rows, run)}"
+        tqdm.write(said, file=sys.stdout)
     run.model.train()
     if progress.since:  # the time is not training's
         progress.since += time.perf_counter() - began
@@ -534,9 +535,11 @@ def main(argv: list[str] | None = None):
         config, resumed = parse(argv)
         rank, world, device = start_processes(config.device)
         try:
-            if rank == 0:
-                lock(config.out) if resumed else start_run(config, world, device)
-                config = config if resumed else evaluation.read_config(config.out)
+            if rank == 0 and resumed:
+                lock(config.out)
+            elif rank == 0:
+                start_run(config, world, device)
+                config = evaluation.read_config(config.out)
             if world > 1:  # another machine may not see the new file yet
                 shared = [config]
                 dist.broadcast_object_list(shared)

@@ -50,11 +50,10 @@ def measure(run: Run, val, options: dict) -> list[dict]:
     return [row | ({"batch": B} if whole else {})]
 
 
-def own_scores(run: Run, train, val, is_end: bool) -> list[list[dict]]:
-    """What a run that trains measures: its loss, and the tasks of its objective that suit the data.
+def own_scores(run: Run, train, val, is_end: bool) -> list[dict]:
+    """Rows of what a run that trains measures: its loss, and its objective's tasks that suit.
 
     Classifiers are fitted only where `is_end`, before and after training. What fails is reported.
-    Returns lists of rows, each for one table.
     """
 
     def is_due(task: str) -> bool:
@@ -72,7 +71,7 @@ def own_scores(run: Run, train, val, is_end: bool) -> list[list[dict]]:
     for tasks in groups:
         limit = PROBE_IMAGES if any(map(evaluation.fitted, tasks)) else None if is_end else PAIRS
         try:
-            found.append(evaluation.measure(tasks, run, train, val, limit=limit, **options))
+            found += evaluation.measure(tasks, run, train, val, limit=limit, **options)
         except UserError as error:  # not a reason to lose the run
             print(f"no {tasks[0]} after {run.step:,} steps: {error}", file=sys.stderr)
     return found

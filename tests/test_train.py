@@ -654,7 +654,7 @@ def test_nohup_holds_and_handlers_are_given_back():
 def test_scores_and_early_checkpoints_do_not_touch_the_training(
     finished, whole, tmp_path, monkeypatch
 ):
-    """With scores every four steps and a checkpoint after each step: the same bits, also resumed.
+    """With scores every five steps and a checkpoint after each step: the same bits, also resumed.
 
     Captions without classes have their loss and retrieval measured.
     """
@@ -674,6 +674,10 @@ def test_scores_and_early_checkpoints_do_not_touch_the_training(
         losses = [line for line in read_jsonl(folder / "metrics.jsonl") if "val_loss" in line]
         assert [line["step"] for line in losses] == [0, 5, 10, 12]
         assert losses[-1]["val_loss"] < losses[0]["val_loss"]
+    (run / "eval.jsonl").unlink()  # as if it had been killed between the two files
+    train.main(["--out", str(run), "--resume"])
+    assert [line for line in read_jsonl(run / "metrics.jsonl") if "val_loss" in line] == losses
+    assert [row["task"] for row in read_jsonl(run / "eval.jsonl")] == ["loss", "retrieval"]
 
 
 def test_a_folder_can_be_read_while_a_run_writes_it(finished, tmp_path):
