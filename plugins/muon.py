@@ -49,9 +49,10 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     x = x.T if matrix.shape[0] > matrix.shape[1] else x  # then x @ x.T is the small one
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(steps):  # x <- 3.4445 x - 4.775 (x xT) x + 2.0315 (x xT)^2 x
         square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+        factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445)  # to add inside products takes a fifth less time
     return x.T.to(matrix.dtype) if matrix.shape[0] > matrix.shape[1] else x.to(matrix.dtype)
 
 
