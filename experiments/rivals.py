@@ -1,18 +1,19 @@
-"""SuperClass and its rivals with Muon, on whole icons, as many for each.
+"""SuperClass and its rivals with Muon, on whole icons: as many for each, then as long for each.
 
-    python experiments/rivals.py                    51,200 images, three seeds
-    python experiments/rivals.py --images 307200
+    python experiments/rivals.py --seeds 1 2 3
 
 Needs data/plain, which `icons.py --plain` builds. The runs are rungs of ladder.py, and their scores
-are kept in its ladder.jsonl. First all rates are tried with the first seed, on labelled icons of
-training sets that were kept out of training; then each rival trains with all seeds at its best rate
-and is scored on the test; last SuperClass trains for the processor time of CLIP. Cap scores classes
-by likelihood, with bare names. The command can be stopped and repeated.
+are kept in its ladder.jsonl. First the rate of each rival is swept with the first seed and
+--sweep images, by labelled icons of training sets that were kept out of training; then all train at
+their best rates with all seeds and are scored on the test; last each rival trains for the processor
+time of SuperClass. Cap scores classes by likelihood, with bare names. The command can be stopped
+and repeated.
 """
 
 import argparse
+from statistics import median
 
-from common import print_table
+from common import print_table, untried
 from ladder import cells, lines_of
 
 RIVALS = ("superclass", "clip", "siglip", "cap", "superclip")
@@ -21,34 +22,41 @@ SCORES = ("held_out", "zero_shot", "head", "rare", "probe", "10_shot", "retrieva
 
 
 def rung(rival: str, rate: str) -> str:
-    return f"{rival}-muon-{BATCH}-{rate}-crop1".removeprefix("superclass-")
+    return f"{rival}-muon-{BATCH}-{rate}-crop1-XXS".removeprefix("superclass-")
+
+
+def best_rate(rival: str, images: int, seed: int) -> str:
+    """The rate that is best on the held-out icons, neither of whose neighbours is better."""
+    scores = {}
+    while rates := untried(scores):
+        for rate in rates:
+            (line,) = lines_of(rung(rival, rate), images, [seed], test=False)
+            scores[rate] = line["held_out"]
+    return max(scores, key=scores.get)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Compare objectives on icons, with Muon.")
-    parser.add_argument("--images", type=int, default=51_200)
+    parser.add_argument("--images", type=int, default=307_200)
+    parser.add_argument("--sweep", type=int, default=102_400, help="images for each rate tried")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
-    parser.add_argument("--rates", nargs="+", default=["4e-3", "2e-3"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
-    images, seeds = args.images, args.seeds
 
-    best, found = {}, {}
-    for rate in args.rates:  # so that a command that is stopped has tried whole rates
-        for rival in args.rivals:
-            (line,) = lines_of(rung(rival, rate), images, seeds[:1], test=False)
-            best[rival] = max(best.get(rival, (-1, "")), (line["held_out"], rate))
-    for few in (seeds[:n] for n in range(1, len(seeds) + 1)):
-        for rival, (_, rate) in best.items():
-            found[rival] = rate, images, lines_of(rung(rival, rate), images, few, test=True)
-    if {"superclass", "clip"} <= set(found):
-        own, theirs = (found[row][2][0]["cpu_minutes"] for row in ("superclass", "clip"))
-        rate, longer = best["superclass"][1], round(images * theirs / own / BATCH) * BATCH
-        lines = lines_of(rung("superclass", rate), longer, seeds, test=True)
-        found["superclass in clip's time"] = rate, longer, lines
-    rows = []
-    for name, (rate, its, lines) in found.items():
-        rows.append([name, rate, f"{its:,}", str(len(lines)), *cells(lines, SCORES)])
+    rates = {rival: best_rate(rival, args.sweep, args.seeds[0]) for rival in args.rivals}
+    found, rows = {rival: [] for rival in rates}, []
+    for seed in args.seeds:  # so that a command that is stopped has whole seeds
+        for rival, rate in rates.items():
+            found[rival] += lines_of(rung(rival, rate), args.images, [seed], test=True)
+    minutes = {rival: median(line["cpu_minutes"] for line in found[rival]) for rival in rates}
+    for rival, rate in rates.items():
+        runs = {args.images: found[rival]}
+        if rival != "superclass" and "superclass" in rates:
+            fewer = args.images * minutes["superclass"] / minutes[rival]
+            fewer = round(fewer / BATCH) * BATCH
+            runs[fewer] = lines_of(rung(rival, rate), fewer, args.seeds, test=True)
+        for images, lines in runs.items():
+            rows.append([rival, rate, f"{images:,}", str(len(lines)), *cells(lines, SCORES)])
     print_table(["run", "lr", "images", "seeds", *SCORES], rows)
 
 

@@ -119,39 +119,39 @@ def test_rates_follow_the_batch_and_the_width(batch, model, lr, warmup):
     assert figures.run_of("clip", rates, 25600, 3)[0] == own != folder
 
 
-def test_rivals_train_at_their_best_rate_and_superclass_for_clips_time(
+def test_rivals_train_at_their_best_rate_and_for_the_time_of_superclass(
     tmp_path, capsys, monkeypatch
 ):
     """Half a killed command's lines are there already; CLIP is three times as slow."""
-    trained = []
+    trained, best = [], {"": "4e-3", "clip-": "1e-3"}
 
-    def score(rung, images, seed, test):
-        line = {"name": rung, "images": images, "seed": seed, "held_out": 0.1}
-        if rung in ("muon-128-4e-3-crop1", "clip-muon-128-2e-3-crop1"):
-            line["held_out"] = 0.2
-        if not test:
-            return line
-        return line | {"cpu_minutes": 3 if "clip" in rung else 1, "zero_shot": 0.5}
+    def rung(rival, rate):
+        return f"{rival}muon-128-{rate}-crop1-XXS"
+
+    def score(name, images, seed, test):
+        is_best = name in (rung(*pair) for pair in best.items())
+        line = {"name": name, "images": images, "seed": seed, "held_out": 0.1 + 0.1 * is_best}
+        costs = {"cpu_minutes": 3 if "clip" in name else 1, "zero_shot": 0.5}
+        return line | costs if test else line
 
     monkeypatch.setattr(ladder, "KEPT", tmp_path / "ladder.jsonl")
     monkeypatch.setattr(ladder, "score", score)
     monkeypatch.setattr(ladder, "train", lambda *run: trained.append(run))
-    ladder.append_jsonl(ladder.KEPT, [score("muon-128-4e-3-crop1", 1280, 1, True)])
-    argv = "rivals.py --images 1280 --seeds 1 2 --rivals superclass clip --rates 4e-3 2e-3"
+    ladder.append_jsonl(ladder.KEPT, [score(rung("", "4e-3"), 3840, 1, True)])
+    argv = "rivals.py --images 3840 --sweep 1280 --seeds 1 2 --rivals superclass clip"
     monkeypatch.setattr(sys, "argv", argv.split())
     rivals.main()
-    clip = "clip-muon-128-2e-3-crop1"
-    assert trained == [
-        ("clip-muon-128-4e-3-crop1", 1280, 1),
-        ("muon-128-2e-3-crop1", 1280, 1),
-        (clip, 1280, 1),
-        (clip, 1280, 1),  # this time for the test: `train` finds it done
-        ("muon-128-4e-3-crop1", 1280, 2),
+    swept = [("", rate) for rate in ("1e-3", "2e-3", "4e-3", "8e-3")]
+    swept += [("clip-", rate) for rate in ("1e-3", "2e-3", "4e-3", "5e-4")]
+    own, clip = rung("", "4e-3"), rung("clip-", "1e-3")
+    assert trained == [(rung(*pair), 1280, 1) for pair in swept] + [
+        (clip, 3840, 1),
+        (own, 3840, 2),
+        (clip, 3840, 2),
+        (clip, 1280, 1),  # a third of the images; this time for the test: `train` finds it done
         (clip, 1280, 2),
-        ("muon-128-4e-3-crop1", 3840, 1),
-        ("muon-128-4e-3-crop1", 3840, 2),
     ]
-    row = "| superclass in clip's time | 4e-3 | 3,840 | 2 | 0.200 ± 0.000 | 0.500 ± 0.000 |"
+    row = "| clip | 1e-3 | 1,280 | 2 | 0.200 ± 0.000 | 0.500 ± 0.000 |"
     assert row in capsys.readouterr().out
 
 
