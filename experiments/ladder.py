@@ -23,10 +23,12 @@ from common import append_jsonl, cell, finished, print_table, read_jsonl, train_
 from compare import FLAGS, ICONS, PLACE, measure
 from compare import SCORES as ON_TEST
 
+from data import load_source, load_tokenizer, save_tokenizer
 from eval import publish
 
 KEPT = Path("experiments/ladder.jsonl")
 SCORES = ("held_out", "zero_shot", "probe", "cpu_minutes", "minutes")
+VOCABULARY = PLACE / "bpe-2048.tiktoken"  # learned once, not by each run
 RUNG = r"(?:(\w+)-)?(adamw|muon)-(\d+)-([\d.]+e-\d)((?:-\w+)*)"
 MORE = {"crop1": "--min-scale 1", "XXS": "--model XXS/8", "V4096": "--tokenizer bpe:4096"}
 MORE |= {name: f"--tokenizer {PLACE}/{name}.json" for name in ("wordpiece", "unigram")}
@@ -54,12 +56,17 @@ def run_of(rung: str, images: int, seed: int) -> tuple[Path, list[str]]:
     flags = flags_of(rung).replace("SEED", str(seed)).split()
     warmup = images // int(flags[flags.index("--batch-size") + 1]) // 10
     flags += ["--samples", str(images), "--warmup", str(warmup), "--seed", str(seed)]
-    return PLACE / f"ladder-{rung}-{images}-{seed}", [*FLAGS, *flags]
+    flags = [*FLAGS, "--tokenizer", str(VOCABULARY), *flags]
+    return PLACE / f"ladder-{rung}-{images}-{seed}", flags
 
 
 def train(rung: str, images: int, seed: int):
     """Train a run; if all of it is trained at once, keep the processor time that it took."""
     folder, flags = run_of(rung, images, seed)
+    if not VOCABULARY.exists():
+        PLACE.mkdir(parents=True, exist_ok=True)
+        captions = load_source(f"{ICONS}/train-*.tar").captions(50_000)
+        publish(save_tokenizer(load_tokenizer("bpe:2048", captions))[0], VOCABULARY)
     new, before = not folder.exists(), times()
     train_all({folder: flags})
     if new:  # of the process and of its loader
