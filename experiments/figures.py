@@ -1,12 +1,14 @@
-"""Two figures on icons: scores over the global batch, and over the images seen for three models.
+"""Three figures on icons: scores over the global batch, the images seen, and the icons there are.
 
     python experiments/figures.py batch --rows superclass clip superclip    is a large one needed?
     python experiments/figures.py scale                        what do size and length buy?
+    python experiments/figures.py data --samples 307200        what do more icons buy?
 
-Data, rows and choices are those of compare.py, whose runs are used where they fit: the learning
-rate of a row is the best of its sweep at a batch of 256, and follows the square root of the batch,
-which is the usual rule for Adam; for another width it follows 1 / width. The command can be stopped
-and repeated; it goes on where it was.
+Data, rows and choices of the first two are those of compare.py, whose runs are used where they fit:
+the learning rate of a row is the best of its sweep at a batch of 256, and follows the square root
+of the batch, which is the usual rule for Adam; for another width it follows 1 / width. The third
+draws rungs of ladder.py at the best rates of rivals.py: as many images seen of a tenth, a third and
+all of the training icons. The command can be stopped and repeated; it goes on where it was.
 """
 
 import argparse
@@ -16,14 +18,17 @@ from statistics import mean, stdev
 from common import cell, print_table, train_all
 from compare import BATCH, PLACE, ROWS, choose_rates, measure_all
 from compare import run_of as compared
+from ladder import lines_of
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from rivals import best_rate, rung
 
 from superclass import SIZES
 
 SCORES = ("zero-shot", "probe", "retrieval")
 BATCHES = (32, 64, 128, 256, 512, 1024)
 MODELS, LENGTHS = ("XXS/8", "XS/8", "Ti/8"), (51_200, 102_400, 307_200)
+PARTS = {25_000: "-tenth", 80_000: "-third", 237_817: ""}  # icons in 5, 16 and 48 shards
 
 
 def run_of(row: str, rates: dict, samples: int, seed: int, batch=BATCH, model="XS/8"):
@@ -56,11 +61,26 @@ def draw(lines: dict[tuple[str, str], list[tuple]], label: str, path: Path):
     page.savefig(path)
 
 
+def over_icons(rows: list[str], samples: int, seeds: list[int]):
+    """The third figure and its table."""
+    lines, table = {}, []
+    for row in rows:
+        own = rung(row, best_rate(row))
+        for icons, part in PARTS.items():
+            found = lines_of(own + part, samples, seeds, test=True)
+            columns = {key: [line[key.replace("-", "_")] for line in found] for key in SCORES}
+            for score, values in columns.items():
+                lines.setdefault((row, score), []).append((icons, values))
+            table.append([row, f"{icons:,}", *map(cell, columns.values())])
+    print_table(["run", "icons", *SCORES], table)
+    draw(lines, "icons to train on", Path("assets/data.png"))
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Draw scores over batch sizes or lengths.")
-    parser.add_argument("figure", choices=("batch", "scale"))
+    parser = argparse.ArgumentParser(description="Draw scores over batch sizes, lengths or data.")
+    parser.add_argument("figure", choices=("batch", "scale", "data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--samples", type=int, default=102_400, help="batch: of each run")
+    parser.add_argument("--samples", type=int, default=102_400, help="batch, data: of each run")
     rows = [row for row in ROWS if row not in ("words", "supervised", "lit")]  # they lack a score
     parser.add_argument("--rows", nargs="+", choices=rows, default=["superclass", "clip"])
     parser.add_argument("--models", nargs="+", default=MODELS, help="scale: the encoders")
@@ -69,6 +89,8 @@ def main():
     for model in args.models:
         if model.split("/")[0] not in SIZES:
             parser.error(f"--models {model}: use SIZE/PATCH, SIZE one of {', '.join(SIZES)}")
+    if args.figure == "data":
+        return over_icons(args.rows, args.samples, args.seeds)
     if args.figure == "batch":
         kinds = [
             (row, row, b, {"samples": args.samples, "batch": b})

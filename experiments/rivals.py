@@ -3,17 +3,18 @@
     python experiments/rivals.py --seeds 1 2 3
 
 Needs data/plain, which `icons.py --plain` builds. The runs are rungs of ladder.py, and their scores
-are kept in its ladder.jsonl. First the rate of each rival is swept with the first seed and
---sweep images, by labelled icons of training sets that were kept out of training; then all train at
-their best rates with all seeds and are scored on the test; last each rival trains for the processor
-time of SuperClass. Cap scores classes by likelihood, with bare names. The command can be stopped
-and repeated.
+are kept in its ladder.jsonl. First the rate of each rival is swept with one seed and 102,400
+images, by labelled icons of training sets that were kept out of training; then all train at their
+best rates with all seeds and are scored on the test; last each rival trains for the processor time
+of SuperClass. Cap scores classes by likelihood, with bare names. The command can be stopped and
+repeated.
 """
 
 import argparse
 from statistics import median
 
 from common import print_table, untried
+from compare import SWEPT
 from ladder import cells, lines_of
 
 RIVALS = ("superclass", "clip", "siglip", "cap", "superclip")
@@ -22,12 +23,12 @@ SCORES = ("held_out", "zero_shot", "head", "rare", "probe", "10_shot", "retrieva
 
 
 def rung(rival: str, rate: str) -> str:
-    return f"{rival}-muon-{BATCH}-{rate}-crop1-XXS".removeprefix("superclass-")
+    return f"{rival}-muon-{BATCH}-{rate}-crop1-XXS16".removeprefix("superclass-")
 
 
-def best_rate(rival: str, images: int, seed: int) -> str:
+def best_rate(rival: str) -> str:
     """The rate that is best on the held-out icons, neither of whose neighbours is better."""
-    scores = {}
+    (images, seed), scores = SWEPT, {}
     while rates := untried(scores):
         for rate in rates:
             (line,) = lines_of(rung(rival, rate), images, [seed], test=False)
@@ -38,12 +39,11 @@ def best_rate(rival: str, images: int, seed: int) -> str:
 def main():
     parser = argparse.ArgumentParser(description="Compare objectives on icons, with Muon.")
     parser.add_argument("--images", type=int, default=307_200)
-    parser.add_argument("--sweep", type=int, default=102_400, help="images for each rate tried")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
 
-    rates = {rival: best_rate(rival, args.sweep, args.seeds[0]) for rival in args.rivals}
+    rates = {rival: best_rate(rival) for rival in args.rivals}
     found, rows = {rival: [] for rival in rates}, []
     for seed in args.seeds:  # so that a command that is stopped has whole seeds
         for rival, rate in rates.items():

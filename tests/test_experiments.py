@@ -126,7 +126,7 @@ def test_rivals_train_at_their_best_rate_and_for_the_time_of_superclass(
     trained, best = [], {"": "4e-3", "clip-": "1e-3"}
 
     def rung(rival, rate):
-        return f"{rival}muon-128-{rate}-crop1-XXS"
+        return f"{rival}muon-128-{rate}-crop1-XXS16"
 
     def score(name, images, seed, test):
         is_best = name in (rung(*pair) for pair in best.items())
@@ -138,7 +138,8 @@ def test_rivals_train_at_their_best_rate_and_for_the_time_of_superclass(
     monkeypatch.setattr(ladder, "score", score)
     monkeypatch.setattr(ladder, "train", lambda *run: trained.append(run))
     ladder.append_jsonl(ladder.KEPT, [score(rung("", "4e-3"), 3840, 1, True)])
-    argv = "rivals.py --images 3840 --sweep 1280 --seeds 1 2 --rivals superclass clip"
+    monkeypatch.setattr(rivals, "SWEPT", (1280, 1))
+    argv = "rivals.py --images 3840 --seeds 1 2 --rivals superclass clip"
     monkeypatch.setattr(sys, "argv", argv.split())
     rivals.main()
     swept = [("", rate) for rate in ("1e-3", "2e-3", "4e-3", "8e-3")]
