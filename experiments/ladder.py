@@ -37,8 +37,8 @@ MORE |= {name: f"--tokenizer {PLACE}/{name}.json" for name in ("wordpiece", "uni
 MORE |= {"third": f"--data {ICONS}/train-{{00000..00015}}.tar"}  # of 48 shards
 MORE |= {"tenth": f"--data {ICONS}/train-{{00000..00004}}.tar"}
 MORE |= {"labelled": f"--data {ICONS}/labelled-*.tar"}
-for first in ("muon-128-4e-3-crop1", "clip-muon-128-4e-3-crop1"):  # runs of the same seed
-    start = f"{MORE['labelled']} --init {PLACE}/ladder-{first}-51200-SEED"
+for first in ("muon-128-1.6e-2-crop1-XXS16", "clip-muon-128-4e-3-crop1-XXS16"):  # of rivals.py
+    start = f"{MORE['labelled']} --init {PLACE}/ladder-{first}-307200-SEED"
     MORE["after_clip" if "clip" in first else "after_superclass"] = start
 
 

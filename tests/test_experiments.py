@@ -156,9 +156,30 @@ def test_rivals_train_at_their_best_rate_and_for_the_time_of_superclass(
     assert row in capsys.readouterr().out
 
 
+def test_the_figure_over_the_icons_has_every_part_with_all_seeds(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def lines_of(name, images, seeds, test):
+        asked.append((name, images, test))
+        return [dict.fromkeys(("zero_shot", "probe", "retrieval"), seed / 8) for seed in seeds]
+
+    monkeypatch.setattr(figures, "best_rate", lambda row: "2e-3" if row == "clip" else "4e-3")
+    monkeypatch.setattr(figures, "lines_of", lines_of)
+    draw, path = figures.draw, tmp_path / "data.png"
+    monkeypatch.setattr(figures, "draw", lambda lines, label, _: draw(lines, label, path))
+    argv = "figures.py data --samples 3840 --seeds 2 4"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    figures.main()
+    own, clip = "muon-128-4e-3-crop1-XXS16", "clip-muon-128-2e-3-crop1-XXS16"
+    names = [rung + part for rung in (own, clip) for part in ("-tenth", "-third", "")]
+    assert asked == [(name, 3840, True) for name in names]
+    assert capsys.readouterr().out.count("0.375 ± 0.177") == 6 * 3
+    assert path.stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("more", ladder.MORE)
 def test_every_rung_is_understood(more):
     _, flags = ladder.run_of(f"supervised-adamw-64-1e-3-{more}", 12800, 7)
     config = train.make_parser().parse_args(flags)
     assert (config.objective, config.batch_size, config.warmup) == ("supervised", 64, 20)
-    assert not more.startswith("after") or config.init.endswith("-51200-7")
+    assert not more.startswith("after") or config.init.endswith("-307200-7")
