@@ -467,7 +467,24 @@ def report(rows: list[dict], run: Run) -> str:
         print(f"{run.folder} is a copy without an optimizer: it keeps no new row", file=sys.stderr)
     else:
         append_jsonl(run.folder / "eval.jsonl", stamped)
-    return find("task", "table", "rows_as_text")(rows)
+    head = f"{'task':<15} {'attribute':<10} {'classes':>7} {'images':>7} {'top-1':>7}"
+    lines = []
+    for row in rows:
+        if "attribute" not in row:  # loss, retrieval, captions
+            scores = (f"{key} {value:.3f}" for key, value in row.items() if type(value) is float)
+            lines.append("  ".join([f"{row['task']:<9} {row['images']:>7} images", *scores]))
+            continue
+        lines += [head] if head not in lines else []
+        line = f"{task_name(row):<15} {row['attribute']:<10} {row['classes']:>7} {row['images']:>7}"
+        spread = f" ± {row['deviation']:.3f}" if "deviation" in row else ""
+        lines.append(f"{line} {row['top1']:>7.3f}{spread}")
+    return "\n".join(lines)
+
+
+def task_name(row: dict) -> str:
+    """A row's task with what its score depends on: "10-shot", "probe on 500"."""
+    name = f"{row['shots']}-shot" if row["task"] == "fewshot" else row["task"]
+    return name + (f" on {row['train']:,}" if row["task"] == "probe" else "")
 
 
 # ------------------------------------------------------------------------------------------------

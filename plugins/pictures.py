@@ -51,7 +51,6 @@ from eval import Run
 from plugins import TABLE, Parser, names
 from plugins.advice import advise
 from plugins.files import Files
-from plugins.tables import task_name
 from superclass import IDF, SuperClass
 
 # ------------------------------------------------------------------------------------------------
@@ -553,7 +552,7 @@ def curve_points(folders: list[Path]) -> Iterator[tuple]:
             if "val_loss" in line:  # beside the loss, each run with a line of its own
                 yield "loss", f"{folder}, held out", line["samples"], line["val_loss"]
         for row in evaluation.own_rows(folder):
-            name = f"{task_name(row)} {row.get('attribute', '')}".strip()
+            name = f"{evaluation.task_name(row)} {row.get('attribute', '')}".strip()
             scores = {f"{name} {key}": row[key] for key in row if isinstance(row[key], float)}
             scores.pop("loss val_loss", None)  # it stands in metrics.jsonl
             for title, value in ({name: row["top1"]} if "top1" in row else scores).items():

@@ -1,4 +1,4 @@
-"""Scores as text: the rows of one run, and tables of several with mean and deviation over seeds.
+"""Tables of several runs, with mean and deviation over seeds.
 
 python eval.py table RUN [RUN ...]
 """
@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from data import UserError
-from eval import MAY_CHANGE, own_rows, read_config, read_jsonl
+from eval import MAY_CHANGE, own_rows, read_config, read_jsonl, task_name
 from plugins import Parser
 
 COSTS = ("minutes", "images/s", "peak MB")
@@ -96,28 +96,6 @@ def finished(folder: Path) -> tuple[argparse.Namespace, dict[str, float]]:
     if metrics[-1]["peak_mb"]:  # unknown on Windows
         scores["peak MB"] = max(line["peak_mb"] for line in metrics)
     return config, scores
-
-
-def rows_as_text(rows: list[dict]) -> str:
-    """What is printed of an evaluation's rows."""
-    head = f"{'task':<15} {'attribute':<10} {'classes':>7} {'images':>7} {'top-1':>7}"
-    lines = []
-    for row in rows:
-        if "attribute" not in row:  # loss, retrieval, captions
-            scores = (f"{key} {value:.3f}" for key, value in row.items() if type(value) is float)
-            lines.append("  ".join([f"{row['task']:<9} {row['images']:>7} images", *scores]))
-            continue
-        lines += [head] if head not in lines else []
-        line = f"{task_name(row):<15} {row['attribute']:<10} {row['classes']:>7} {row['images']:>7}"
-        spread = f" ± {row['deviation']:.3f}" if "deviation" in row else ""
-        lines.append(f"{line} {row['top1']:>7.3f}{spread}")
-    return "\n".join(lines)
-
-
-def task_name(row: dict) -> str:
-    """A row's task with what its score depends on: "10-shot", "probe on 500"."""
-    name = f"{row['shots']}-shot" if row["task"] == "fewshot" else row["task"]
-    return name + (f" on {row['train']:,}" if row["task"] == "probe" else "")
 
 
 def main(argv: list[str]):
