@@ -48,7 +48,9 @@ def main():
     for seed in args.seeds:  # so that a command that is stopped has whole seeds
         for rival, rate in rates.items():
             found[rival] += lines_of(rung(rival, rate), args.images, [seed], test=True)
-    minutes = {rival: median(line["cpu_minutes"] for line in found[rival]) for rival in rates}
+    minutes = {}
+    for rival, lines in found.items():  # a run that was stopped and went on has no processor time
+        minutes[rival] = median(line["cpu_minutes"] for line in lines if "cpu_minutes" in line)
     for rival, rate in rates.items():
         runs = {args.images: found[rival]}
         if rival != "superclass" and "superclass" in rates:
