@@ -23,10 +23,15 @@ from superclass import Block
 @torch.no_grad()
 def likelihoods(model: Captioner, images: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities [B, M] of texts [M, K], padded with -1, for images [B, 3, S, S]."""
-    mark = tokens.new_full((len(tokens), 1), model.language_model.vocab_size - 1)
-    ids = torch.cat([mark, tokens.clamp(min=0)], dim=1)  # [M, L]; no token sees the padding
-    logits = (continuations(model.language_model, x, ids) for x in model.project(images))
-    return torch.stack([log_likelihood(x, tokens) for x in logits])
+    prefixes, lengths = model.project(images), (tokens >= 0).sum(dim=1)  # [B, P, E], [M]
+    found = prefixes.new_empty(len(images), len(tokens), dtype=torch.float32)
+    for length in lengths.unique().tolist():  # texts of one length need no padding
+        texts = tokens[lengths == length, :length]
+        mark = texts.new_full((len(texts), 1), model.language_model.vocab_size - 1)
+        ids = torch.cat([mark, texts], dim=1)
+        logits = (continuations(model.language_model, x, ids) for x in prefixes)
+        found[:, lengths == length] = torch.stack([log_likelihood(x, texts) for x in logits])
+    return found
 
 
 def continuations(model: LanguageModel, prefix: Tensor, ids: Tensor) -> Tensor:
