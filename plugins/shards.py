@@ -13,7 +13,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
@@ -89,16 +89,17 @@ class Shards(Source):
             options = {"mode": "r|*", "tarinfo": StrictTarInfo, "ignore_zeros": True}
             with tarfile.open(fileobj=file, **options) as tar:
                 for member in tar:
-                    path = PurePosixPath(member.name)
-                    stem, _, kind = path.name.partition(".")
-                    if not is_plain(member, path):
+                    path = member.name.removeprefix("./")  # a PurePosixPath takes long
+                    folder, slash, name = path.rpartition("/")
+                    stem, _, kind = name.partition(".")
+                    if not is_plain(member):
                         yield BadSample("damaged shard", f"{url}: {path} is not a plain file")
                     elif member.isdir():
                         left_out["folder in a shard"] += 1
-                    elif any(part[0] == "." for part in path.parts):
+                    elif path[:1] == "." or "/." in path:
                         left_out["hidden file"] += 1
                     else:
-                        key, kind = path.parent / stem, kind.lower()
+                        key, kind = folder + slash + stem, kind.lower()
                         if parts and (key != last or kind in parts):
                             yield from self.split(parts, last, url)
                             parts = {}
@@ -109,7 +110,7 @@ class Shards(Source):
         if parts:
             yield from self.split(parts, last, url)
 
-    def split(self, parts: dict[str, bytes], key: PurePosixPath, url: str):
+    def split(self, parts: dict[str, bytes], key: str, url: str):
         """The samples among neighbours with one key, more than one if their keys had dots in them.
 
         A key ends at the first dot, as in webdataset: `7.jpg 7.seg.png 7.txt` are one sample. But
@@ -209,9 +210,9 @@ class Shards(Source):
         return self.read(self.urls[place[0]])[place[1]]
 
 
-def is_plain(member: tarfile.TarInfo, path: PurePosixPath) -> bool:
+def is_plain(member: tarfile.TarInfo) -> bool:
     """Whether a member is a file or a folder, inside of the archive."""
-    is_inside = not path.is_absolute() and ".." not in path.parts
+    is_inside = member.name[:1] != "/" and ".." not in member.name.split("/")
     return is_inside and (member.isreg() or member.isdir())
 
 
