@@ -20,7 +20,6 @@ from compare import BATCH, PLACE, ROWS, choose_rates, measure_all
 from compare import run_of as compared
 from ladder import lines_of
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from rivals import best_rate, rung
 
 from superclass import SIZES
@@ -53,7 +52,7 @@ def draw(lines: dict[tuple[str, str], list[tuple]], label: str, path: Path):
                 x, values = zip(*points, strict=True)
                 deviations = [stdev(v) if len(v) > 1 else 0 for v in values]
                 axes.errorbar(x, list(map(mean, values)), deviations, marker="o", ms=4, label=line)
-                ticks = [f"{n:,}" if n < 10_000 else EngFormatter(sep="")(n) for n in x]
+                ticks = [f"{n:,}" if n < 10_000 else f"{n / 1000:.3g}k" for n in x]
                 axes.set_xticks(x, ticks)
         axes.set_ylim(bottom=0)
         axes.minorticks_off()
