@@ -90,6 +90,8 @@ def start(flags: list, log: Path, world: int = 1, death: tuple | None = None) ->
 
 def child(flags: list[str], log: str, env: dict[str, str], death: tuple | None, method: str):
     os.environ.update(env)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else tests would fail under nohup
     multiprocessing.set_start_method(method, force=True)
     torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
