@@ -377,6 +377,7 @@ SHARDS = {
     "a Mac": (doubled(members(0, 1)), "2 used, 4 left out: hidden file"),
     "a hidden folder": ([(".git/0.jpg", J[0]), *members(1)], "1 used, 1 left out: hidden file"),
     "from a folder": ([("./0.jpg", J[0]), ("./0.txt", T[0])], "1 used"),
+    "from within a folder": ([("a/./0.jpg", J[0]), ("a/./0.txt", T[0])], "1 used"),
     "keys with dots": ([(f"v1.0_{n}", c) for n, c in members(0, 1, 2)], "3 used"),
     "keys with a dot at the end": ([("3.14.jpg", J[0]), ("3.14.txt", T[0]), ("3.5.jpg", J[1]),
                                     ("3.5.txt", T[1])], "2 used"),
