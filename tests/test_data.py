@@ -407,6 +407,25 @@ def test_batches_are_the_same_with_any_number_of_workers(workers):
     assert batch.images.dtype == torch.uint8 and batch.places == [8, 9, 10, 11]
 
 
+def test_loaders_make_a_whole_batch_of_micro_batches_while_the_main_process_does_not_ask():
+    class Counted(Numbers):
+        made = multiprocessing.Value("i", 0)
+
+        def raw(self, i):
+            with self.made.get_lock():
+                self.made.value += 1
+            return super().raw(i)
+
+    stream = TrainStream(Counted(), Prepare(CenterCrop(8)), 0, 2, 0, 1, Start())
+    running = batches(stream, 2, CPU, 8)
+    next(running)  # 8 micro-batches of 2 images
+    for _ in range(2000):
+        if Counted.made.value < 32:
+            threading.Event().wait(0.01)
+    assert Counted.made.value >= 32
+    running.close()
+
+
 def test_a_batch_has_sets_for_labels_and_the_order_for_tokens():
     class Twice(Numbers):
         def raw(self, i):
