@@ -8,7 +8,8 @@ REACHED = {  # by B/16: FLOP/s; cores. The first two are measured, the rest 30 %
     "free T4": (0.3 * 65e12, 2),
 }
 BUSY = {"S": 0.74, "L": 1.11}  # against B, by tests/roofline.py
-DECODED = 440  # JPEGs of 256 px, a second and core: 299 of 512 px, measured; these take 0.68 of it
+# JPEGs of 256 px and 39 kB, a second and core, while all 16 of an H200's machine load for S/16:
+DECODED = 172  # measured by tests/bench_recipe.py
 RUNS = {"CC3M": 116e6, "CC12M": 385e6, "DataComp small": 12.8e6, "COCO": 12e6}  # images seen
 
 
@@ -20,10 +21,14 @@ def flops(model: str, image_size: int = 224, V: int = 49_408) -> float:
     return 3 * (blocks + 2 * D * V) + 2 * (2 * N * 3 * P * P * D)
 
 
+def stepped(model: str, card: str) -> float:
+    """Images a second of the card's steps, without data."""
+    return REACHED[card][0] * BUSY.get(model.split("/")[0], 1) / flops(model)
+
+
 def images_per_s(model: str, card: str) -> float:
     """Of the card's steps, or of its cores' loaders, if they are slower."""
-    (reached, cores), busy = REACHED[card], BUSY.get(model.split("/")[0], 1)
-    return min(reached * busy / flops(model), cores * DECODED)
+    return min(stepped(model, card), REACHED[card][1] * DECODED)
 
 
 def hours(samples: float, rate: float) -> float:

@@ -174,7 +174,10 @@ def test_the_calculation_reproduces_the_measured_rows():
         found = float(rate.replace(",", "").rstrip(",")) * hours.flops("B/16") / product
         assert found == pytest.approx(float(share) / 100, abs=0.002), what
     for card, rate in (("H200, `--compile`", 3790), ("H200", 3087)):
-        assert hours.images_per_s("B/16", card) == pytest.approx(rate, rel=1e-3)
+        assert hours.stepped("B/16", card) == pytest.approx(rate, rel=1e-3)
+    page = PAGE.read_text()
+    assert hours.images_per_s("S/16", "H200, `--compile`") == pytest.approx(2748, rel=2e-3)
+    assert "| S/16 | 2,455 | 2,748 |" in page
     assert round(hours.hours(512e6, 3790)) == 38  # as in docs/clusters.md
 
 
