@@ -4,8 +4,9 @@
     pip install resvg-py
     python experiments/icons.py iconify-json-VERSION.tgz --out data/icons   # six minutes, one core
 
-The archive is read, never extracted. The same tarball gives the same bytes (with the same versions
-of resvg-py and Pillow): every choice below is a hash of the icon's key, and nothing else is random.
+All cores draw. The archive is read, never extracted. The same tarball gives the same bytes (with
+the same versions of resvg-py and Pillow): every choice below is a hash of the icon's key, and
+nothing else is random.
 
     train-*.tar     images and captions to train on, all sets mixed
     labelled-*.tar  those images of train that show exactly one class, with its number
@@ -31,6 +32,8 @@ Decisions:
   an icon with colours of its own keeps them, on a light ground. With --plain, black on white and
   own colours on white: an encoder learns these sooner (compare.py uses them) but knows nothing
   else.
+- With --copies N, an icon is N times in train: each further copy has colours and choices of
+  the caption of its own, is up to 10 degrees turned and up to a tenth larger or smaller.
 - Duplicates: an icon with the same drawing code or the same grey pixels (at 32 px and in 16
   levels, whatever --size) as an earlier one is dropped. Held-out sets are read first, so that no
   drawing of the test is in training.
@@ -42,9 +45,11 @@ Decisions:
 
 import argparse
 import colorsys
+import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import re
 import sys
 import tarfile
@@ -107,10 +112,22 @@ PROMPTS = 0.04  # the share of labelled icons that is kept out of training
 VAL_PER_CLASS = 50
 SHARD = 5000  # samples at most
 MARGIN = 1 / 16  # of the icon's longer side, on each side
+TURN, SCALE = 10, 0.1  # of further copies, at most: degrees, and the share of the side
 
 
 class UserError(Exception):
     """A mistake of the user's, told in one sentence."""
+
+
+class Icon(NamedTuple):
+    """An icon of a set that is used, as the set's file has it."""
+
+    key: str
+    name: str
+    extra: tuple  # (other names, ALIAS), (categories, CATEGORY), (titles, TITLE)
+    svg: dict  # its body and box
+    coloured: bool
+    held_out: bool
 
 
 class Sample(NamedTuple):
@@ -162,28 +179,36 @@ def read_json(tar: tarfile.TarFile, name: str) -> dict:
         raise UserError(f"{tar.name} is damaged: {error}") from None
 
 
-def read_icons(tar: tarfile.TarFile, prefix: str) -> Iterator[tuple[str, str, str, dict]]:
-    """Yields (key, name, caption, icon) of the icons of a set."""
-    icons = read_json(tar, f"json/{prefix}")
-    aliases, categories = {}, {}
-    for alias, entry in icons.get("aliases", {}).items():
-        if entry.keys() == {"parent"}:  # others are mirrored
-            aliases.setdefault(entry["parent"], []).append(alias.replace("-", " "))
-    for category, names in icons.get("categories", {}).items():
-        for name in names:
-            categories.setdefault(name, []).append(category)
-    box = {"left": 0, "top": 0, "width": 16, "height": 16}
-    box |= {side: icons[side] for side in box if side in icons}
-    for name, icon in sorted(icons["icons"].items()):
-        groups = categories.get(name, [])
-        if icon.get("hidden") or SKIN_TONE in name or any(map(LEFT_OUT_ICONS.match, groups)):
-            continue
-        key, parts = f"{prefix}_{name}", [name.replace("-", " ")]
-        extra = (aliases.get(name), ALIAS), (groups, CATEGORY), ([icons["info"]["name"]], TITLE)
-        for what, (texts, share) in zip(("alias", "category", "title"), extra, strict=True):
-            if texts and chance(key, what) < share:
-                parts.append(texts[int(chance(key, f"which {what}") * len(texts))])
-        yield key, name, ", ".join(dict.fromkeys(parts)), box | icon
+def read_icons(tar: tarfile.TarFile) -> Iterator[Icon]:
+    """The icons of all sets that are used, those of held-out sets first."""
+    collections = read_json(tar, "collections")
+    for prefix, held_out in choose_sets(collections).items():
+        icons = read_json(tar, f"json/{prefix}")
+        aliases, categories = {}, {}
+        for alias, entry in icons.get("aliases", {}).items():
+            if entry.keys() == {"parent"}:  # others are mirrored
+                aliases.setdefault(entry["parent"], []).append(alias.replace("-", " "))
+        for category, names in icons.get("categories", {}).items():
+            for name in names:
+                categories.setdefault(name, []).append(category)
+        box = {"left": 0, "top": 0, "width": 16, "height": 16}
+        box |= {side: icons[side] for side in box if side in icons}
+        coloured, titles = bool(collections[prefix].get("palette")), [icons["info"]["name"]]
+        for name, svg in sorted(icons["icons"].items()):
+            groups = categories.get(name, [])
+            if svg.get("hidden") or SKIN_TONE in name or any(map(LEFT_OUT_ICONS.match, groups)):
+                continue
+            extra = (aliases.get(name), ALIAS), (groups, CATEGORY), (titles, TITLE)
+            yield Icon(f"{prefix}_{name}", name, extra, box | svg, coloured, held_out)
+
+
+def caption(icon: Icon, key: str) -> str:
+    """The icon's name, with what `key` decides to add."""
+    parts = [icon.name.replace("-", " ")]
+    for what, (texts, share) in zip(("alias", "category", "title"), icon.extra, strict=True):
+        if texts and chance(key, what) < share:
+            parts.append(texts[int(chance(key, f"which {what}") * len(texts))])
+    return ", ".join(dict.fromkeys(parts))
 
 
 def parse_concepts(text: str) -> list[list[str]]:
@@ -210,18 +235,21 @@ def find_concepts(text: str) -> set[tuple[str, int]]:
 # Drawing.
 
 
-def draw(icon: dict, size: int) -> Image.Image:
+def draw(svg: dict, size: int, turn: float = 0, scale: float = 1) -> Image.Image:
     """The icon as RGBA in the middle of a transparent square; ValueError when that fails."""
     import resvg_py  # --list works without it
 
-    side = max(icon["width"], icon["height"]) * (1 + 2 * MARGIN)
-    left = icon["left"] - (side - icon["width"]) / 2
-    top = icon["top"] - (side - icon["height"]) / 2
-    svg = (
+    side = max(svg["width"], svg["height"]) * (1 + 2 * MARGIN) / scale
+    left = svg["left"] - (side - svg["width"]) / 2
+    top = svg["top"] - (side - svg["height"]) / 2
+    body = svg["body"]
+    if turn:
+        body = f'<g transform="rotate({turn} {left + side / 2} {top + side / 2})">{body}</g>'
+    text = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{size}" height="{size}" viewBox="{left} {top} {side} {side}">{icon["body"]}</svg>'
+        f'width="{size}" height="{size}" viewBox="{left} {top} {side} {side}">{body}</svg>'
     )
-    png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(svg_string=text, skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
@@ -252,66 +280,74 @@ def digest_pixels(drawn: Image.Image) -> bytes:
     return hashlib.sha256(grey.convert("L").point([i // 16 for i in range(256)]).tobytes()).digest()
 
 
-class Drawer:
-    """Draws icons that were not drawn before, and keeps the keys of the others in `left_out`."""
-
-    def __init__(self, size: int, plain: bool):
-        self.size, self.plain = size, plain
-        self.seen: set[bytes] = set()
-        kinds = ("same code", "same pixels", "blank", "could not be drawn")
-        self.left_out: dict[str, list[str]] = {kind: [] for kind in kinds}
-
-    def __call__(self, key: str, icon: dict, coloured: bool) -> bytes | None:
-        """The icon as PNG; None for one that is left out."""
-        code = hashlib.sha256(icon["body"].encode()).digest()
-        if code in self.seen:
-            return self.left_out["same code"].append(key)
-        try:
-            small = draw(icon, 32)
-            drawn = small if self.size == 32 else draw(icon, self.size)
-        except ValueError:
-            return self.left_out["could not be drawn"].append(key)
-        if not small.getchannel("A").getbbox():
-            return self.left_out["blank"].append(key)
-        pixels = digest_pixels(small)
-        if pixels in self.seen:
-            return self.left_out["same pixels"].append(key)
-        self.seen |= {code, pixels}
+def render(icon: Icon, size: int, plain: bool, copies: int) -> tuple[bytes | str, list[bytes]]:
+    """The digest of an icon's pixels, and it and its copies as PNG; or why it cannot be used."""
+    try:
+        small = draw(icon.svg, 32)
+        drawn = [small if size == 32 else draw(icon.svg, size)]
+        for key in keys(icon, copies)[1:]:
+            turn, scale = (2 * chance(key, what) - 1 for what in ("turn", "scale"))
+            drawn.append(draw(icon.svg, size, TURN * turn, 1 + SCALE * scale))
+    except ValueError:
+        return "could not be drawn", []
+    if not small.getchannel("A").getbbox():
+        return "blank", []
+    pngs = []
+    for key, image in zip(keys(icon, copies), drawn, strict=True):
         buffer = io.BytesIO()
-        paint(drawn, key, coloured, self.plain).save(buffer, "PNG")
-        return buffer.getvalue()
+        paint(image, key, icon.coloured, plain).save(buffer, "PNG")
+        pngs.append(buffer.getvalue())
+    return digest_pixels(small), pngs
+
+
+def keys(icon: Icon, copies: int) -> list[str]:
+    """The keys of an icon and its further copies; those that are tested have none."""
+    names, _ = choose_splits(icon)
+    return [icon.key] + [f"{icon.key}+{n}" for n in range(1, copies if "train" in names else 1)]
 
 
 # ------------------------------------------------------------------------------------------------
 # From the tarball to shards.
 
 
-def build(tar: tarfile.TarFile, drawer: Drawer) -> tuple[dict[str, list[Sample]], dict]:
+def build(tar: tarfile.TarFile, size: int, plain: bool, copies: int) -> tuple[dict, dict]:
     """{split: samples in the order of the shards}, and the statistics; all images are in memory."""
-    collections = read_json(tar, "collections")
+    left_out = {kind: [] for kind in ("same code", "same pixels", "blank", "could not be drawn")}
     splits = {name: [] for name in ("train", "labelled", "prompts", "val", "rare", "unseen")}
-    for prefix, held_out in choose_sets(collections).items():
-        for key, name, caption, icon in read_icons(tar, prefix):
-            png = drawer(key, icon, bool(collections[prefix].get("palette")))
-            if png is None:
+    icons, codes, seen = [], set(), set()
+    for icon in read_icons(tar):
+        code = hashlib.sha256(icon.svg["body"].encode()).digest()
+        if code in codes:
+            left_out["same code"].append(icon.key)
+        else:
+            codes.add(code), icons.append(icon)
+    draw_one = functools.partial(render, size=size, plain=plain, copies=copies)
+    with multiprocessing.Pool() as pool:  # as many processes as cores
+        for icon, (found, pngs) in zip(icons, pool.imap(draw_one, icons, 64), strict=True):
+            why = found if isinstance(found, str) else "same pixels" if found in seen else None
+            if why:
+                left_out[why].append(icon.key)
                 continue
-            names, number = choose_splits(key, name, held_out)
-            for split in names:
-                splits[split].append(Sample(key, caption, png, number))
+            seen.add(found)
+            names, number = choose_splits(icon)
+            for key, png in zip(keys(icon, copies), pngs, strict=True):
+                for split in names if key == icon.key else ["train"]:
+                    splits[split].append(Sample(key, caption(icon, key), png, number))
     for samples in splits.values():
         samples.sort(key=lambda sample: chance(sample.key, "order"))
     splits["val"] = list(first_of_each(splits["val"], VAL_PER_CLASS))
-    return splits, count(splits, collections, drawer.left_out)
+    return splits, count(splits, read_json(tar, "collections"), left_out)
 
 
-def choose_splits(key: str, name: str, held_out: bool) -> tuple[list[str], int | None]:
+def choose_splits(icon: Icon) -> tuple[list[str], int | None]:
     """The splits that an icon is in, and the line of its concept if it shows exactly one."""
-    concepts = find_concepts(name)
+    concepts = find_concepts(icon.name)
     kind, number = concepts.pop() if len(concepts) == 1 else (None, None)
-    if held_out:
+    if icon.held_out:
         return ["unseen", kind] if kind else ["unseen"], number
     if kind == "val":
-        return ["prompts"] if chance(key, "prompts") < PROMPTS else ["train", "labelled"], number
+        held_back = chance(icon.key, "prompts") < PROMPTS
+        return ["prompts"] if held_back else ["train", "labelled"], number
     return ["train"], number
 
 
@@ -416,7 +452,7 @@ def run(args: argparse.Namespace):
     with open_tarball(args.tarball) as tar:
         if args.list:
             return list_sets(read_json(tar, "collections"))
-        splits, figures = build(tar, Drawer(args.size, args.plain))
+        splits, figures = build(tar, args.size, args.plain, args.copies)
     write(out, splits, figures)
     for what in ("icons", "left out"):
         print(f"{what}: {', '.join(f'{name} {n:,}' for name, n in figures[what].items())}")
@@ -428,6 +464,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out", type=Path, default=Path("data/icons"), help="a new folder")
     parser.add_argument("--size", type=int, choices=(32, 64), default=32, help="pixels")
     parser.add_argument("--plain", action="store_true", help="black on white, no random colours")
+    parser.add_argument("--copies", type=int, default=1, help="drawings of each training icon")
     parser.add_argument("--list", action="store_true", help="only list the sets that are used")
     try:
         run(parser.parse_args(argv))

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import sys
 import tarfile
 
 import pytest
@@ -13,7 +14,7 @@ from tests.conftest import ROOT, run_python, write_tar
 pytest.importorskip("resvg_py", reason="experiments/icons.py draws with it: pip install resvg-py")
 SCRIPT = ROOT / "experiments" / "icons.py"
 spec = importlib.util.spec_from_file_location("icons", SCRIPT)
-icons = importlib.util.module_from_spec(spec)
+sys.modules["icons"] = icons = importlib.util.module_from_spec(spec)  # processes look for it there
 spec.loader.exec_module(icons)
 
 LICENCE = {"bi": "MIT", "plain": "Apache-2.0", "emoji": "CC-BY-4.0"}
@@ -141,6 +142,18 @@ def test_plain_pictures_are_black_on_white_and_the_rest_is_the_same(tarball, out
     monkey = Image.open(io.BytesIO(plain["plain_monkey"]["png"]))
     assert all(red == green == blue for _, (red, green, blue) in monkey.getcolors(1024))
     assert monkey.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_copies_are_drawn_anew_for_training_alone(tarball, out, tmp_path):
+    icons.main([str(tarball), "--out", str(tmp_path / "three"), "--copies", "3"])
+    once, three = read(out, "train"), read(tmp_path / "three", "train")
+    assert set(three) == {key + copy for key in once for copy in ("", "+1", "+2")}
+    assert all(three[key] == sample for key, sample in once.items())
+    assert len({sample["png"] for sample in three.values()}) == len(three)
+    names = {key.split("_")[1]: three[key]["txt"].decode().split(", ")[0] for key in three}
+    assert all(name.split("+")[0].replace("-", " ") == first for name, first in names.items())
+    for split in ("labelled", "prompts", "val", "rare", "unseen"):
+        assert read(tmp_path / "three", split) == read(out, split)
 
 
 def test_list_names_the_sets_with_their_licences(tarball, capsys):
