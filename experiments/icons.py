@@ -47,6 +47,7 @@ import argparse
 import colorsys
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -452,6 +453,8 @@ def run(args: argparse.Namespace):
     with open_tarball(args.tarball) as tar:
         if args.list:
             return list_sets(read_json(tar, "collections"))
+        if importlib.util.find_spec("resvg_py") is None:
+            raise UserError("icons are drawn by resvg-py: pip install resvg-py")
         splits, figures = build(tar, args.size, args.plain, args.copies)
     write(out, splits, figures)
     for what in ("icons", "left out"):
@@ -464,7 +467,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out", type=Path, default=Path("data/icons"), help="a new folder")
     parser.add_argument("--size", type=int, choices=(32, 64), default=32, help="pixels")
     parser.add_argument("--plain", action="store_true", help="black on white, no random colours")
-    parser.add_argument("--copies", type=int, default=1, help="drawings of each training icon")
+    copies = {"type": int, "choices": range(1, 17), "metavar": "1..16", "default": 1}
+    parser.add_argument("--copies", **copies, help="drawings of each training icon")
     parser.add_argument("--list", action="store_true", help="only list the sets that are used")
     try:
         run(parser.parse_args(argv))
