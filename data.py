@@ -609,7 +609,7 @@ def batches(
     method = "fork" if workers and sys.platform == "linux" else None
     options = {"worker_init_fn": init_worker, "multiprocessing_context": method}
     if workers:  # while a GPU's queue is full this process waits, and they make all of a batch
-        options["prefetch_factor"] = min(max(2, micro_batches), 16)
+        options["prefetch_factor"] = min(max(2, micro_batches), 8)
     pieces = iter(DataLoader(dataset, None, num_workers=workers, **options))
 
     def received() -> Iterator[Piece]:
