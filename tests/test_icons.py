@@ -3,13 +3,15 @@
 import importlib.util
 import io
 import json
+import re
 import sys
 import tarfile
 
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, run_python, write_tar
+import train
+from tests.conftest import ROOT, run_python, train_flags, write_tar
 
 pytest.importorskip("resvg_py", reason="experiments/icons.py draws with it: pip install resvg-py")
 SCRIPT = ROOT / "experiments" / "icons.py"
@@ -164,6 +166,15 @@ def test_list_names_the_sets_with_their_licences(tarball, capsys):
         ("train", "CC-BY-4.0", "emoji"),
         ("train", "Apache-2.0", "plain"),
     ]
+
+
+def test_errors_of_a_run_are_counted_and_drawn(out, tmp_path):
+    run, sheet = tmp_path / "run", tmp_path / "errors.png"
+    train.main(train_flags(f"{out}/train-*.tar", run, "--samples", "8", "--workers", "1"))
+    said = run_python("experiments/errors.py", str(run), str(out), "--out", str(sheet)).stdout
+    assert re.search(r"top-1 [01]\.000, top-5 [01]\.000, top-1 by the best .* [01]\.000", said)
+    assert re.search(r"\| bi \| 1 \| [01]\.000 \|", said)
+    assert sheet.exists() == ("heart as " in said)
 
 
 def test_mistakes_are_told_in_a_sentence(tarball, out, tmp_path):
