@@ -146,9 +146,10 @@ class ViT(nn.Module):
         return self.norm(x)  # [B, N, D]
 
 
-SIZES = {  # name: width, depth, heads. XXS and XS are ours, for laptops; Ti is timm's
+SIZES = {  # name: width, depth, heads. XXS, XS and Ti5 are ours, for laptops; Ti is timm's
     "XXS": (64, 4, 2),
     "XS": (128, 4, 4),
+    "Ti5": (192, 5, 3),
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
     "B": (768, 12, 12),

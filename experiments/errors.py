@@ -1,6 +1,7 @@
 """What limits a run on icons: zero-shot by set, pairs confused, and wrong answers to look at.
 
-    python experiments/errors.py pretrained/icons data/icons64 --out errors.png
+    python experiments/errors.py pretrained/icons data/icons64
+    python experiments/errors.py pretrained/icons data/icons64 --split prompts      held-out icons
 
 Draws 100 wrong answers by chance, with what the icon's name says and what the run said.
 """
@@ -20,10 +21,10 @@ from data import UserError, load_source
 from eval import extract, load_run, top1, zeroshot
 
 
-def read_icons(folder: Path) -> list[tuple[str, bytes]]:
-    """(key, PNG) of the test's icons, in the order in which their shards are read."""
+def read_icons(folder: Path, split: str) -> list[tuple[str, bytes]]:
+    """(key, PNG) of a split's icons, in the order in which their shards are read."""
     icons = []
-    for path in sorted(folder.glob("val-*.tar")):
+    for path in sorted(folder.glob(f"{split}-*.tar")):
         with tarfile.open(path) as tar:
             members = [member for member in tar if member.name.endswith(".png")]
             icons += [(m.name.removesuffix(".png"), tar.extractfile(m).read()) for m in members]
@@ -34,15 +35,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("icons", type=Path, help="the folder that icons.py made")
+    parser.add_argument("--split", default="val", help="of the labelled ones")
     parser.add_argument("--out", type=Path, default=Path("errors.png"))
     args = parser.parse_args()
     try:
         run, classes = load_run(args.run), str(args.icons / "classes.txt")
-        source = load_source(f"{args.icons}/val-*.tar", "val", class_names=classes)
+        source = load_source(f"{args.icons}/{args.split}-*.tar", "val", class_names=classes)
         features, targets, *_ = extract(run, source)
     except UserError as error:
         parser.error(str(error))
-    names, truth, icons = source.attributes["class"], targets[:, 0], read_icons(args.icons)
+    names, truth = source.attributes["class"], targets[:, 0]
+    icons = read_icons(args.icons, args.split)
     scores = zeroshot(run, features, names)
     near = scores.topk(5).indices
     said, hits = near[:, 0], (near == truth[:, None]).any(dim=1)

@@ -2,8 +2,9 @@
 
     python experiments/slim.py runs/icons runs/slim
 
-The copy cannot be resumed, because the optimizer's state is left out; a quarter remains. Paths in
-its config.json are as seen from where this is run.
+The copy cannot be resumed, because the optimizer's state is left out, nor has it an encoder.pt
+beside the checkpoint; a sixth remains. Paths in its config.json are as seen from where this is
+run.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from common import finished
 
 from data import UserError
-from eval import fingerprint, publish, read_checkpoint, read_weights
+from eval import fingerprint, publish, read_checkpoint
 from plugins import PATHS
 
 
@@ -35,8 +36,8 @@ def main():
     kept["fingerprint"] = fingerprint(argparse.Namespace(**flags, out=args.run))
     args.out.mkdir(parents=True)
     publish(json.dumps(flags, indent=2) + "\n", args.out / "config.json")
-    publish(kept | {"model": halved(state["model"])}, args.out / "checkpoint.pt")
-    publish(halved(read_weights(args.run / "encoder.pt")), args.out / "encoder.pt")
+    kept["model"] = {name: value.half() for name, value in state["model"].items()}
+    publish(kept, args.out / "checkpoint.pt")
     for name in ("tokenizer.tiktoken", "metrics.jsonl", "eval.jsonl"):
         if (args.run / name).exists():  # a run without --val-data has no scores
             shutil.copy(args.run / name, args.out / name)
@@ -46,10 +47,6 @@ def portable(flags: dict) -> dict:
     """A run's flags with paths that start where this is run, so that no machine's go with it."""
     here = f"{Path.cwd()}/"
     return flags | {key: flags[key].replace(here, "") for key in PATHS if flags.get(key)}
-
-
-def halved(weights: dict) -> dict:
-    return {name: value.half() for name, value in weights.items()}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,12 @@ def init_encoder(encoder: nn.Module, path: Path, say: Callable = print):
 
     Positions for another image size are interpolated. Raises UserError if anything else differs.
     """
-    state = evaluation.read_weights(path / "encoder.pt" if path.is_dir() else path)
+    file = path / "encoder.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists():  # a copy by slim.py
+        model = evaluation.read_weights(path / "checkpoint.pt").get("model", {})
+        state = {key[8:]: model[key] for key in model if key.startswith("encoder.")}
+    else:
+        state = evaluation.read_weights(file)
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"--init {path} is not an encoder: it must hold nothing but named tensors")
     # What DistributedDataParallel and torch.compile put before the names of what they wrap.
