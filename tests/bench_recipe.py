@@ -11,6 +11,7 @@ end of each program.
 """
 
 import argparse
+import io
 import itertools
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import statistics
 import string
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -27,8 +29,8 @@ from pathlib import Path
 from eval import read_jsonl
 from plugins.bpe import format_ranks
 from tests.bench_data import photograph
-from tests.conftest import ROOT, write_tar
 
+ROOT = Path(__file__).parent.parent
 V, SHARDS = 49_408, 32
 MICRO_BATCH = {"S/16": 1024, "B/16": 512}  # as on the page
 
@@ -49,11 +51,13 @@ def write_shards(folder: Path, files: int, words: list[str]):
     with multiprocessing.Pool() as pool:
         jpegs = pool.starmap(photograph, [(i, 256) for i in range(files)], chunksize=8)
     for shard in range(SHARDS):
-        members = []
-        for i in range(shard, files, SHARDS):
-            caption = " ".join(draws.choices(words, k=8))
-            members += [(f"{i:06d}.jpg", jpegs[i]), (f"{i:06d}.txt", caption.encode())]
-        write_tar(folder / f"{shard:05d}.tar", members)
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in range(shard, files, SHARDS):
+                caption = " ".join(draws.choices(words, k=8)).encode()
+                for kind, content in (("jpg", jpegs[i]), ("txt", caption)):
+                    info = tarfile.TarInfo(f"{i:06d}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
     size = sum(map(len, jpegs)) / len(jpegs) / 1000
     print(f"{files:,} JPEGs of {size:.0f} kB in {SHARDS} shards", flush=True)
 

@@ -9,8 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data import load_source, load_tokenizer
 from superclass import SuperClass, ViT
-from tests import bench_gpu, roofline
+from tests import bench_gpu, bench_recipe, roofline
 
 TINY = "--device cpu --precision fp32 --model XXS/8 --image-size 16 --micro-batches 2 --quick"
 
@@ -55,3 +56,11 @@ def test_counted_flops_are_torchs():
     ours = depth * sum(map(sum, roofline.block_flops(B, N, D).values()))
     ours += sum(map(sum, roofline.rest_flops(B, N, D, V, P).values()))
     assert ours == counter.get_total_flops()
+
+
+def test_the_recipes_bench_makes_data_that_train_py_reads(tmp_path):
+    words = bench_recipe.write_vocabulary(tmp_path / "v.tiktoken")
+    bench_recipe.write_shards(tmp_path, 64, words)
+    tokenizer = load_tokenizer(str(tmp_path / "v.tiktoken"), [])
+    captions = list(load_source(str(tmp_path / "shards")).captions(100))
+    assert tokenizer.n_vocab == bench_recipe.V and len(captions) == len(set(captions)) == 64
