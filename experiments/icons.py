@@ -50,13 +50,13 @@ import hashlib
 import importlib.util
 import io
 import json
-import multiprocessing
 import re
 import sys
 import tarfile
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -323,8 +323,9 @@ def build(tar: tarfile.TarFile, size: int, plain: bool, copies: int) -> tuple[di
         else:
             codes.add(code), icons.append(icon)
     draw_one = functools.partial(render, size=size, plain=plain, copies=copies)
-    with multiprocessing.Pool() as pool:  # as many processes as cores
-        for icon, (found, pngs) in zip(icons, pool.imap(draw_one, icons, 64), strict=True):
+    with ProcessPoolExecutor() as pool:  # as many processes as cores
+        drawn = pool.map(draw_one, icons, chunksize=64)
+        for icon, (found, pngs) in zip(icons, drawn, strict=True):
             why = found if isinstance(found, str) else "same pixels" if found in seen else None
             if why:
                 left_out[why].append(icon.key)
