@@ -608,7 +608,7 @@ def batches(
     # A loader must be a child of this process to end with it; Python 3.14 starts them elsewhere.
     method = "fork" if workers and sys.platform == "linux" else None
     options = {"worker_init_fn": init_worker, "multiprocessing_context": method}
-    if workers:  # while a GPU's queue is full this process waits, and they make all of a batch
+    if workers:  # while a GPU's queue is full this process waits, and they make a whole batch
         options["prefetch_factor"] = min(max(2, micro_batches), 8)
     pieces = iter(DataLoader(dataset, None, num_workers=workers, **options))
 

@@ -165,8 +165,7 @@ def build_encoder(name: str, image_size: int) -> ViT:
     match = re.fullmatch(r"(\w+)/([1-9]\d*)", name)
     if not match or match[1] not in SIZES:
         raise ValueError(f"unknown model '{name}': use SIZE/PATCH, SIZE one of {', '.join(SIZES)}")
-    width, depth, heads = SIZES[match[1]]
-    return ViT(image_size, int(match[2]), width, depth, heads)
+    return ViT(image_size, int(match[2]), *SIZES[match[1]])
 
 
 class SuperClass(nn.Module):
